@@ -26,7 +26,8 @@ def model_case(scheme: str, model: ModelConfig, draws: int, k: float = 2.0, leve
     draft = build_draft(model, SchemeConfig(name=scheme, k=k), VOCABULARY)
     profile = profile_of(draft, model, statistics, VOCABULARY, level)
     name = label or f"{scheme} {model.num_layers} {model.norm_position} {model.family} p={model.hidden_dropout}"
-    return ModelCase(name, model_shape(model), embedding_of(draft.tables, model, statistics), profile, VOCABULARY, draws)
+    return ModelCase(name, model_shape(model, draft.norm_position), embedding_of(draft, model, statistics), profile, VOCABULARY,
+                     draws)
 
 
 def check_cases(size: str) -> Iterator[ModelCase]:

@@ -4,22 +4,22 @@ SignalPlan."""
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megadsl.config.model import ModelConfig
-from megadsl.schemes.plan import EmbeddingPlan, HeadPlan, SignalPlan, StreamPrediction, SublayerPlan
+from megadsl.schemes.plan import EmbeddingPlan, Gate, HeadPlan, NormPosition, SignalPlan, StreamPrediction, SublayerPlan
 from megadsl.theory.inputs import TokenStatistics
 from megadsl.theory.profile import DepthProfile, propagate
 from megadsl.theory.shape import Embedding, ModelShape, Sublayer
 
 
-def model_shape(model: ModelConfig) -> ModelShape:
-    """The part of the configuration that the signal at initialisation depends on."""
+def model_shape(model: ModelConfig, norm_position: NormPosition | None = None) -> ModelShape:
+    """The part of the configuration that the signal at initialisation depends on; a scheme may move the norms."""
     return ModelShape(
         hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_size, num_heads=model.num_attention_heads,
         num_query_groups=model.query_groups, head_dim=model.head_dim, length=model.seq_length, family=model.family,
-        norm_position=model.norm_position, target_length=model.target_length, activation=model.activation,
+        norm_position=norm_position or model.norm_position, target_length=model.target_length, activation=model.activation,
         normalization=model.normalization, eps=model.layernorm_epsilon, dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         rotary_base=model.rotary_base if model.position_embedding_type == "rope" else None, qk_norm=model.qk_layernorm,
@@ -55,6 +55,14 @@ def embedding_tables(model: ModelConfig, std: float | Callable[[str], float]) ->
     return {role: std(role) if callable(std) else std for role in roles}
 
 
+def head_plan(model: ModelConfig, hidden_scale: float, output_std: float, dense_std: float) -> HeadPlan:
+    """A head with the matrices that the model has: BERT's transform in an encoder, the output matrix where it is not tied."""
+    stds = {"head_dense": dense_std} if model.family == "encoder" else {}
+    if model.untie_embeddings_and_output_weights:
+        stds["output_head"] = output_std
+    return HeadPlan(hidden_scale, stds)
+
+
 def glorot(fan_in: int, fan_out: int) -> float:
     """Standard deviation of the Glorot (Xavier) normal initialisation."""
     return math.sqrt(2.0 / (fan_in + fan_out))
@@ -62,12 +70,19 @@ def glorot(fan_in: int, fan_out: int) -> float:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a scheme decides; stds that are None in `sublayers` are left to the theory (unit branches)."""
+    """What a scheme decides; stds that are None in `sublayers` are left to the theory (unit branches).
+
+    `norm_position` None: the model's. `embedding_gain` is that of the norm on the embedding sum, for models that have one.
+    """
 
     scheme: str
     tables: dict[str, float]
     sublayers: list[Sublayer]
     head: HeadPlan
+    norm_position: NormPosition | None = None
+    gate: Gate = "fixed"
+    embedding_gain: float = 1.0
+    role_factors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def assemble(draft: Draft, model: ModelConfig, statistics: TokenStatistics, vocab_size: int,
@@ -75,15 +90,16 @@ def assemble(draft: Draft, model: ModelConfig, statistics: TokenStatistics, voca
     """Predict the signal of a draft, which fills in the open stds, and put it all into a plan."""
     profile = profile_of(draft, model, statistics, vocab_size, level)
     return SignalPlan(
-        scheme=draft.scheme, family=model.family, norm_position=model.norm_position,
-        embedding=EmbeddingPlan(*profile.embedding.values(), weight_std=draft.tables),
+        scheme=draft.scheme, family=model.family, norm_position=draft.norm_position or model.norm_position,
+        embedding=EmbeddingPlan(*profile.embedding.values(), weight_std=draft.tables,
+                                norm_gain=draft.embedding_gain if model.embedding_layernorm else None),
         sublayers=tuple(
             SublayerPlan(*prediction.values(), layer=sublayer.layer, stack=sublayer.stack, kind=sublayer.kind,
                          residual_scale=sublayer.residual_scale, branch_scale=sublayer.branch_scale,
-                         weight_std=dict(sublayer.weight_std))
+                         weight_std=dict(sublayer.weight_std), norm_scale=sublayer.norm_scale, gate=draft.gate)
             for sublayer, prediction in zip(profile.sublayers, profile.predictions, strict=True)
         ),
-        head=draft.head, final=StreamPrediction(*profile.final.values()),
+        head=draft.head, final=StreamPrediction(*profile.final.values()), role_factors=draft.role_factors,
     )
 
 
@@ -93,15 +109,18 @@ def profile_of(draft: Draft, model: ModelConfig, statistics: TokenStatistics, vo
     # Logits are linear in the head's input, whose second moment is 1.
     head_std = draft.head.weight_std.get("output_head", draft.tables["word_embedding"])
     logit_variance = model.hidden_size * (head_std * draft.head.hidden_scale) ** 2
-    return propagate(model_shape(model), embedding_of(draft.tables, model, statistics), draft.sublayers, vocab_size, level,
-                     logit_variance)
+    shape = model_shape(model, draft.norm_position)
+    return propagate(shape, embedding_of(draft, model, statistics), draft.sublayers, vocab_size, level, logit_variance)
 
 
-def embedding_of(tables: dict[str, float], model: ModelConfig, statistics: TokenStatistics) -> Embedding:
-    """The theory's embedding for given table stds."""
+def embedding_of(draft: Draft, model: ModelConfig, statistics: TokenStatistics) -> Embedding:
+    """The theory's embedding of a draft."""
+    tables, same_type = draft.tables, statistics.same_type_probability
+    if same_type is None:
+        same_type = 1.0 if model.num_tokentypes == 1 else 2.0 / 3.0
     return Embedding(
         word_std=tables["word_embedding"], position_std=tables.get("position_embedding"),
         tokentype_std=tables.get("tokentype_embedding"), repeat_probability=statistics.repeats,
-        same_type_probability=1.0 if model.num_tokentypes == 1 else 2.0 / 3.0,
-        sinusoidal=model.position_embedding_type == "sinusoidal",
+        same_type_probability=same_type, sinusoidal=model.position_embedding_type == "sinusoidal",
+        norm_gain=draft.embedding_gain if model.embedding_layernorm else None,
     )

@@ -9,14 +9,16 @@
       the second moment that averaging over keys leaves, as a mean over positions (the paper divides by r, which is off where r is
       small)
   fc1   std^2 = 1 / d; fc2 chosen from the activation's own second moment so that the branch has second moment 1
-  head  logits of variance 1: tied, the hidden state is multiplied by 1 / (s_w sqrt(d)); untied, std^2 = 1 / d
+  head  logits of variance 1: tied, the hidden state is multiplied by 1 / (s_w sqrt(d)); untied, std^2 = 1 / d; BERT's dense
+      transform std^2 = 1 / d
+A norm on the embedding sum starts at gain sqrt(1 - p), which gives second moment 1 after dropout.
 """
 
 import math
 
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.errors import UserError
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, num_additions
+from megadsl.schemes.assemble import Draft, additions, embedding_tables, head_plan, num_additions
 from megadsl.schemes.plan import HeadPlan
 from megadsl.theory.shape import Sublayer
 
@@ -31,7 +33,7 @@ def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
         residual, branch = scales[stack]
         sublayers.append(Sublayer(stack, layer, kind, residual, branch, ffn if kind == "ffn" else attention))
     tables = unit_tables(model)
-    return Draft("dslm", tables, sublayers, unit_head(model, tables))
+    return Draft("dslm", tables, sublayers, unit_head(model, tables), embedding_gain=unit_gain(model))
 
 
 def residual_scales(model: ModelConfig, scheme: SchemeConfig) -> dict[str, tuple[float, float]]:
@@ -51,9 +53,13 @@ def unit_tables(model: ModelConfig) -> dict[str, float]:
     return dict.fromkeys(tables, math.sqrt((1.0 - model.hidden_dropout) / len(tables)))
 
 
+def unit_gain(model: ModelConfig) -> float:
+    """Gain of a norm on the embedding sum that gives second moment 1 after dropout."""
+    return math.sqrt(1.0 - model.hidden_dropout)
+
+
 def unit_head(model: ModelConfig, tables: dict[str, float]) -> HeadPlan:
     """A head whose logits have variance 1."""
-    root = math.sqrt(model.hidden_size)
-    if model.untie_embeddings_and_output_weights:
-        return HeadPlan(1.0, {"output_head": 1.0 / root})
-    return HeadPlan(1.0 / (tables["word_embedding"] * root))
+    unit = model.hidden_size ** -0.5
+    hidden_scale = 1.0 if model.untie_embeddings_and_output_weights else unit / tables["word_embedding"]
+    return head_plan(model, hidden_scale, unit, unit)

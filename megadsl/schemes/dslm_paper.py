@@ -11,7 +11,7 @@ import math
 
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.schemes.assemble import Draft, additions
-from megadsl.schemes.dslm import residual_scales, unit_head, unit_tables
+from megadsl.schemes.dslm import residual_scales, unit_gain, unit_head, unit_tables
 from megadsl.theory.shape import Sublayer
 
 INITIAL_CORRELATION = 0.221
@@ -38,8 +38,7 @@ def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
         r[stack] = residual ** 2 * r[stack] + branch ** 2 * branch_correlation
         sublayers.append(Sublayer(stack, layer, kind, residual, branch, weights))
     tables = unit_tables(model)
-    head = unit_head(model, tables)
-    return Draft("dslm_paper", tables, sublayers, head)
+    return Draft("dslm_paper", tables, sublayers, unit_head(model, tables), embedding_gain=unit_gain(model))
 
 
 def relu_correlation(r: float) -> float:

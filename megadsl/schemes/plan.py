@@ -6,7 +6,7 @@ lambda^2 + beta^2 = 1; every other scheme says itself what the two are.
 
 Standard deviations are given by role. Roles of a sublayer: query, key, value, attention_output (attention), fc1, fc2 (ffn; fc1
 serves gate and up of a gated unit alike). Roles of the embedding: word_embedding, position_embedding, tokentype_embedding.
-Role of the head: output_head, only where it is not tied.
+Roles of the head: output_head, only where it is not tied; head_dense, only in an encoder (BERT's transform).
 
 Predictions are per coordinate of the residual stream: forward_variance is the second moment, averaged over positions;
 correlation is (mean overlap of two different positions) / forward_variance; gradient_variance is in units of the gradient
@@ -19,6 +19,8 @@ from typing import Literal
 
 Stack = Literal["decoder", "encoder"]
 Kind = Literal["self_attention", "cross_attention", "ffn"]
+NormPosition = Literal["pre", "post", "both", "none"]
+Gate = Literal["fixed", "scalar", "channel"]
 
 ATTENTION_ROLES = ("query", "key", "value", "attention_output")
 FFN_ROLES = ("fc1", "fc2")
@@ -36,7 +38,13 @@ class StreamPrediction:
 
 @dataclass(frozen=True)
 class SublayerPlan(StreamPrediction):
-    """One residual addition; the predictions hold for the stream right after it (after its norm in Post-LN)."""
+    """One residual addition; the predictions hold for the stream right after it (after its norm in Post-LN).
+
+    Attributes:
+        norm_scale: fixed factor on the output of the norm in front of the branch.
+        gate: what branch_scale is: a "fixed" number, a trained "scalar" that starts there, or a trained vector of one number a
+            "channel" (hidden coordinate) that starts there.
+    """
 
     layer: int
     stack: Stack
@@ -44,18 +52,29 @@ class SublayerPlan(StreamPrediction):
     residual_scale: float
     branch_scale: float
     weight_std: dict[str, float] = field(default_factory=dict)
+    norm_scale: float = 1.0
+    gate: Gate = "fixed"
 
 
 @dataclass(frozen=True)
 class EmbeddingPlan(StreamPrediction):
-    """The embedding sum; the predictions hold right after it, dropout included."""
+    """The embedding sum; the predictions hold right after it, norm and dropout included.
+
+    Attributes:
+        norm_gain: start of the gain of the norm between sum and dropout; None: no such norm.
+    """
 
     weight_std: dict[str, float] = field(default_factory=dict)
+    norm_gain: float | None = None
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """The LM head: logits = matrix @ (hidden_scale * normed hidden state). `weight_std` is empty where the matrix is tied."""
+    """The LM head: logits = matrix @ (hidden_scale * h), h the normed hidden state; `weight_std` has no output_head where the
+    matrix is tied.
+
+    In an encoder h is norm(activation(dense @ hidden state)) instead, as in BERT, and the logits have a bias.
+    """
 
     hidden_scale: float
     weight_std: dict[str, float] = field(default_factory=dict)
@@ -64,15 +83,21 @@ class HeadPlan:
 @dataclass(frozen=True)
 class SignalPlan:
     """A whole model under one scheme. `sublayers` stand in the order of the forward pass (encoder first), `final` is the head's
-    input."""
+    input.
+
+    Attributes:
+        norm_position: of the residual additions: "pre", "post", "both" (Keel) or "none" (ReZero).
+        role_factors: role of a parameter -> {"lr" | "eps" | "weight_decay": factor on the optimizer's number}; missing: 1.
+    """
 
     scheme: str
     family: str
-    norm_position: str
+    norm_position: NormPosition
     embedding: EmbeddingPlan
     sublayers: tuple[SublayerPlan, ...]
     head: HeadPlan
     final: StreamPrediction
+    role_factors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def layer(self, stack: Stack, index: int) -> list[SublayerPlan]:
         """The sublayers of one layer, in forward order; `index` counts from 0 within the stack."""
@@ -98,6 +123,7 @@ class SignalPlan:
             embedding=EmbeddingPlan(**values["embedding"]),
             sublayers=tuple(SublayerPlan(**sublayer) for sublayer in values["sublayers"]),
             head=HeadPlan(**values["head"]), final=StreamPrediction(**values["final"]),
+            role_factors=values.get("role_factors", {}),
         )
 
     def _by_layer(self) -> dict[tuple[str, int], list[SublayerPlan]]:

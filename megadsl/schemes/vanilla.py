@@ -7,8 +7,7 @@ lambda = beta = 1, the tied head is not rescaled.
 import math
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, embedding_tables
-from megadsl.schemes.plan import HeadPlan
+from megadsl.schemes.assemble import Draft, additions, embedding_tables, head_plan
 from megadsl.theory.shape import Sublayer
 
 STD = 0.02
@@ -23,6 +22,5 @@ def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
             return Sublayer(stack, layer, kind, 1.0, 1.0, {"fc1": STD, "fc2": last})
         return Sublayer(stack, layer, kind, 1.0, 1.0, {"query": STD, "key": STD, "value": STD, "attention_output": last})
 
-    head = HeadPlan(1.0, {"output_head": STD} if model.untie_embeddings_and_output_weights else {})
     sublayers = [sublayer(*addition) for addition in additions(model)]
-    return Draft("vanilla", embedding_tables(model, STD), sublayers, head)
+    return Draft("vanilla", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD))

@@ -7,8 +7,7 @@ map (d -> V).
 """
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, glorot
-from megadsl.schemes.plan import HeadPlan
+from megadsl.schemes.assemble import Draft, additions, embedding_tables, glorot, head_plan
 from megadsl.theory.shape import Sublayer
 
 
@@ -21,5 +20,5 @@ def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
     sublayers = [
         Sublayer(stack, layer, kind, 1.0, 1.0, ffn if kind == "ffn" else attention) for stack, layer, kind in additions(model)
     ]
-    head = HeadPlan(1.0, {"output_head": glorot(d, vocab_size)} if model.untie_embeddings_and_output_weights else {})
+    head = head_plan(model, 1.0, glorot(d, vocab_size), glorot(d, d))
     return Draft("xavier", embedding_tables(model, d ** -0.5), sublayers, head)

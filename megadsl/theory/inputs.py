@@ -27,6 +27,8 @@ class TokenStatistics:
         repeat_probability_in_sequence: the same for two positions of one training sequence; text is bursty, so it is larger.
         unigram_entropy: in nats; not used by the theory, shown to the user.
         num_tokens: tokens counted; 0 for an assumed distribution.
+        same_type_probability: that two positions of a sequence have the same token type; None: 1 with one type, 2/3 (two
+            segments, cut anywhere) with more.
     """
 
     vocab_size: int
@@ -34,6 +36,7 @@ class TokenStatistics:
     repeat_probability_in_sequence: float | None = None
     unigram_entropy: float | None = None
     num_tokens: int = 0
+    same_type_probability: float | None = None
 
     @property
     def repeats(self) -> float:

@@ -23,7 +23,7 @@ class ModelShape:
     head_dim: int
     length: int
     family: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "both", "none"] = "pre"
     target_length: int | None = None
     activation: str = "gelu"
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
@@ -46,7 +46,7 @@ class Sublayer:
 
     `weight_std` by role (query, key, value, attention_output | fc1, fc2). The stds of (value, attention_output) or of fc2 may be
     None: they are then chosen so that the branch has second moment 1, averaged over positions (value and attention_output
-    equally).
+    equally). `norm_scale` multiplies the output of the norm in front of the branch.
     """
 
     stack: Literal["decoder", "encoder"]
@@ -55,6 +55,7 @@ class Sublayer:
     residual_scale: float
     branch_scale: float
     weight_std: Mapping[str, float | None] = field(default_factory=dict)
+    norm_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Embedding:
 
     `repeat_probability`: two positions of a sequence hold the same word (pi_2); `same_type_probability`: the same token type.
     `sinusoidal`: the position part is a fixed sinusoid of root mean square `position_std` instead of a random table.
+    `norm_gain`: gain of a norm between sum and dropout; None: no such norm.
     """
 
     word_std: float
@@ -71,3 +73,4 @@ class Embedding:
     repeat_probability: float
     same_type_probability: float = 2.0 / 3.0
     sinusoidal: bool = False
+    norm_gain: float | None = None
