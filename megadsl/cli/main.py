@@ -1,6 +1,5 @@
 """The `megadsl` command: collects the verbs and turns a UserError into one sentence and exit code 2."""
 
-import os
 import sys
 import warnings
 
@@ -8,6 +7,7 @@ import typer
 
 from megadsl.cli import data, evaluate, generate, plan, theory, tokenizer, train
 from megadsl.errors import UserError
+from megadsl.parallel.launch import launched_rank
 
 app = typer.Typer(
     help="Train very deep transformers with DeepScaleLM, and predict their signal before you do.",
@@ -33,21 +33,12 @@ def run() -> None:
     try:
         app()
     except UserError as error:
-        if _is_first_process():
+        if launched_rank() == 0:  # every rank finds the same mistake; one of them says it
             print(f"megadsl: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("megadsl: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _is_first_process() -> bool:
-    # Every rank finds the same mistake; one of them says it. (srun and mpirun do not set RANK.)
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    rank = next((os.environ[name] for name in names if name in os.environ), "0")
-    if not rank.isdigit():
-        return True
-    return rank == "0" or int(rank) >= int(os.environ.get("WORLD_SIZE", 2**31))
 
 
 def _quieten_dependencies() -> None:

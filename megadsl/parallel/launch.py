@@ -1,15 +1,20 @@
 """Rank discovery: one answer to "which process am I?" for every launcher.
 
-In this order: torchrun and the deepspeed launcher (RANK, WORLD_SIZE, ...), a SLURM step (srun), MPI (mpirun), else one
-process alone. Nothing here touches torch, so that a config can be checked against the world size before torch is loaded.
+Three views may exist at once: torchrun's and deepspeed's variables (RANK, ...), MPI's (mpirun), a SLURM step's (srun). The
+innermost one counts, and the ones around it must be able to have started it. Nothing here touches torch, so that a config
+can be checked against the world size before torch is loaded.
 """
 
+import ipaddress
 import os
 import socket
 import subprocess
 from dataclasses import dataclass
 
 from megadsl.errors import UserError
+
+# The variables in which mpirun tells a process its rank and size: Open MPI's, MPICH's and Intel MPI's.
+_MPI_NAMES = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 
 
 @dataclass(frozen=True)
@@ -36,54 +41,136 @@ class Launch:
         )
 
 
+@dataclass(frozen=True)
+class View:
+    """What one launcher's variables say, and how they are to be quoted."""
+
+    rank: int
+    size: int
+    words: str
+
+    @classmethod
+    def read(cls, rank_name: str, size_name: str) -> "View | None":
+        """None where the variables are not set; UserError where only one is, or where they cannot be."""
+        rank, size = os.environ.get(rank_name), os.environ.get(size_name)
+        if rank is None and size is None:
+            return None
+        words = f"{rank_name}={rank} and {size_name}={size}"
+        if rank is None or size is None:
+            missing, given = (rank_name, size_name) if rank is None else (size_name, rank_name)
+            raise UserError(f"{given} is set but {missing} is not; unset {given} to run one process, or start the run with a launcher.")
+        if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+            raise UserError(f"{words} are not a rank below a number of processes; unset both to run one process.")
+        return cls(int(rank), int(size), words)
+
+
 def discover_launch() -> Launch:
     """Find out how this process was started.
 
     Raises:
-        UserError: the launcher's variables are missing, not numbers, or not a rank below a world size.
+        UserError: a launcher's variables are missing or cannot be, or two launchers contradict each other.
     """
-    launch = _discover()
-    if not 0 <= launch.rank < launch.world_size or launch.local_rank < 0:
-        raise UserError(
-            f"{launch.launcher} says rank {launch.rank} (local {launch.local_rank}) of {launch.world_size} processes, which cannot "
-            "be; unset RANK and WORLD_SIZE to run one process."
-        )
-    return launch
+    torch, mpi, slurm = View.read("RANK", "WORLD_SIZE"), _mpi_view(), _slurm_view()
+    if torch:
+        for outer in (mpi, slurm):
+            if outer:
+                _check_nesting(torch, outer)
+        return _from_environment(torch)
+    if mpi and not _srun_speaks_pmi():
+        # Not compared with a step: mpirun inside a job starts its own helpers by srun, and we inherit their variables.
+        return _from_mpi(mpi)
+    return _from_slurm(slurm) if slurm else Launch.alone()
 
 
-def _discover() -> Launch:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _from_environment()
-    if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PROCID" in os.environ:
-        return _from_slurm()
-    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
-        return _from_mpi()
-    return Launch.alone()
-
-
-def _from_environment() -> Launch:
+def launched_rank() -> int:
+    """This process's rank by the variables alone; 0 where they are contradictory, so that somebody speaks."""
     try:
-        return Launch(
-            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            master_addr=os.environ.get("MASTER_ADDR", "127.0.0.1"), master_port=int(os.environ.get("MASTER_PORT", 29500)),
-            launcher="torchrun or deepspeed",
+        views = (View.read("RANK", "WORLD_SIZE"), _mpi_view(), _slurm_view())
+    except UserError:
+        return 0
+    return next((view.rank for view in views if view), 0)
+
+
+def mpi_world():
+    """MPI's COMM_WORLD where mpirun or srun started several processes, else None.
+
+    Raises:
+        UserError: mpi4py cannot be used, or it sees one process where the launcher started more (a singleton).
+    """
+    mpi, slurm = _mpi_view(), _slurm_view()
+    view = mpi if mpi else slurm
+    if view is None or view.size == 1:
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{view.words} say that MPI started this process, but mpi4py cannot be used ({reason}); install an MPI, for example "
+            "`pip install mpich`, and start with its mpirun."
+        ) from error
+    world = MPI.COMM_WORLD
+    if (world.rank, world.size) != (view.rank, view.size):
+        library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip("\0 ")
+        way_out = (
+            f"start with the mpirun of {library}, or let MPI4PY_MPIABI and MPI4PY_LIBMPI name the MPI of your mpirun" if mpi else
+            "start with `srun --mpi=pmi2` (MPICH, Intel MPI) or `mpirun` inside the job"
         )
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be whole numbers: {error}.") from error
+        raise UserError(
+            f"{view.words}, but MPI ({library}) says rank {world.rank} of {world.size}: it was not told of the others; {way_out}."
+        )
+    return world
 
 
-def _from_slurm() -> Launch:
+def _mpi_view() -> View | None:
+    views = (View.read(*names) for names in _MPI_NAMES)
+    return next((view for view in views if view), None)
+
+
+def _slurm_view() -> View | None:
+    # SLURM_PROCID alone is set in a batch script too, which is one process.
+    return View.read("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in os.environ else None
+
+
+def _srun_speaks_pmi() -> bool:
+    return "SLURM_STEP_NUM_TASKS" in os.environ and "PMI_JOBID" in os.environ
+
+
+def _check_nesting(inner: View, outer: View) -> None:
+    """torchrun inside a step (or mpirun) is fine if every task of it became at least one rank."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if inner.size < outer.size or (inner.size == outer.size and inner.rank != outer.rank):
+            raise UserError(
+                f"{inner.words}, but {outer.words}: two launchers contradict each other; unset RANK and WORLD_SIZE (are they left "
+                "from another run?), or start with one launcher only."
+            )
+        return
+    agents = os.environ.get("GROUP_WORLD_SIZE", "")
+    # After a restart an elastic run may go on with fewer agents.
+    if agents.isdecimal() and int(agents) < outer.size and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        raise UserError(
+            f"torchrun forms a run of {agents} agent(s) (GROUP_WORLD_SIZE), but {outer.words}: {outer.size} were started; give "
+            f"torchrun --nnodes {outer.size} --rdzv_backend c10d --rdzv_endpoint FIRST_NODE:29500, or start one task."
+        )
+
+
+def _from_environment(view: View) -> Launch:
+    local_rank, port = os.environ.get("LOCAL_RANK", "0"), os.environ.get("MASTER_PORT", "29500")
+    if not (local_rank.isdecimal() and port.isdecimal()):
+        raise UserError(f"LOCAL_RANK={local_rank} and MASTER_PORT={port} must be whole numbers; unset RANK and WORLD_SIZE to run one process.")
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "deepspeed or RANK"
+    return Launch(view.rank, view.size, int(local_rank), os.environ.get("MASTER_ADDR", "127.0.0.1"), int(port), launcher)
+
+
+def _from_slurm(view: View) -> Launch:
     environment = os.environ
     missing = [name for name in ("SLURM_JOB_ID", "SLURM_LOCALID", "SLURM_STEP_NODELIST") if name not in environment]
     if missing:
         raise UserError(f"This looks like a SLURM step, but {', '.join(missing)} is not set; start the run with srun.")
-    # Jobs that share a node need ports of their own; the job id tells them apart.
-    port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
+    # Steps that share a node need ports of their own; job and step tell them apart.
+    port = 20000 + (int(environment["SLURM_JOB_ID"]) + 613 * int(environment.get("SLURM_STEP_ID", 0))) % 20000
     return Launch(
-        rank=int(environment["SLURM_PROCID"]), world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environment["SLURM_LOCALID"]), master_addr=_slurm_master_address(),
-        master_port=int(environment.get("MASTER_PORT", port)), launcher="srun",
+        view.rank, view.size, int(environment["SLURM_LOCALID"]), _slurm_master_address(), int(environment.get("MASTER_PORT", port)), "srun"
     )
 
 
@@ -109,17 +196,36 @@ def _scontrol(*arguments: str) -> str:
         raise UserError(f"scontrol {' '.join(arguments)} failed ({error}); set MASTER_ADDR in the job script.") from error
 
 
-def _from_mpi() -> Launch:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"mpirun started this process but mpi4py cannot be used: {error}.") from error
-    world = MPI.COMM_WORLD
+def _from_mpi(view: View) -> Launch:
+    world = mpi_world()
+    if world is None:
+        return Launch.alone()
+    from mpi4py import MPI
+
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = socket.gethostbyname(socket.gethostname()) if world.rank == 0 else None
-    port = _free_port() if world.rank == 0 else None
-    address, port = world.bcast((address, port), root=0)
-    return Launch(world.rank, world.size, local.rank, address, port, "mpirun")
+    one_machine = local.size == world.size
+    meeting_point = (os.environ.get("MASTER_ADDR") or _own_address(one_machine), _free_port()) if world.rank == 0 else None
+    address, port = world.bcast(meeting_point, root=0)
+    return Launch(view.rank, view.size, local.rank, address, port, "mpirun")
+
+
+def _own_address(one_machine: bool) -> str:
+    """The address at which other machines reach this one."""
+    if one_machine:
+        return "127.0.0.1"
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        address = "127.0.0.1"
+    if not ipaddress.ip_address(address).is_loopback:
+        return address
+    # Debian gives a machine's own name a loopback address. Connecting a datagram socket sends nothing, but picks a route.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 1))
+        except OSError as error:
+            raise UserError(f"{socket.gethostname()} has no address that other machines reach; set MASTER_ADDR.") from error
+        return probe.getsockname()[0]
 
 
 def _free_port() -> int:
