@@ -11,7 +11,7 @@ from megadsl.config.model import ModelConfig
 from megadsl.schemes.plan import EmbeddingPlan, Gate, HeadPlan, NormPosition, SignalPlan, StreamPrediction, SublayerPlan
 from megadsl.theory.inputs import TokenStatistics
 from megadsl.theory.profile import DepthProfile, propagate
-from megadsl.theory.shape import Embedding, ModelShape, Sublayer
+from megadsl.theory.shape import Embedding, Head, ModelShape, Sublayer
 
 
 def model_shape(model: ModelConfig, norm_position: NormPosition | None = None) -> ModelShape:
@@ -108,9 +108,10 @@ def profile_of(draft: Draft, model: ModelConfig, statistics: TokenStatistics, vo
     """The theory's DepthProfile of a draft."""
     # Logits are linear in the head's input, whose second moment is 1.
     head_std = draft.head.weight_std.get("output_head", draft.tables["word_embedding"])
-    logit_variance = model.hidden_size * (head_std * draft.head.hidden_scale) ** 2
+    head = Head(model.hidden_size * (head_std * draft.head.hidden_scale) ** 2, draft.head.weight_std.get("head_dense"),
+                statistics.repeats, statistics.masking_probability)
     shape = model_shape(model, draft.norm_position)
-    return propagate(shape, embedding_of(draft, model, statistics), draft.sublayers, vocab_size, level, logit_variance)
+    return propagate(shape, embedding_of(draft, model, statistics), draft.sublayers, vocab_size, level, head)
 
 
 def embedding_of(draft: Draft, model: ModelConfig, statistics: TokenStatistics) -> Embedding:
@@ -120,7 +121,7 @@ def embedding_of(draft: Draft, model: ModelConfig, statistics: TokenStatistics) 
         same_type = 1.0 if model.num_tokentypes == 1 else 2.0 / 3.0
     return Embedding(
         word_std=tables["word_embedding"], position_std=tables.get("position_embedding"),
-        tokentype_std=tables.get("tokentype_embedding"), repeat_probability=statistics.repeats,
+        tokentype_std=tables.get("tokentype_embedding"), repeat_probability=statistics.input_repeats,
         same_type_probability=same_type, sinusoidal=model.position_embedding_type == "sinusoidal",
         norm_gain=draft.embedding_gain if model.embedding_layernorm else None,
     )

@@ -11,10 +11,9 @@ from megadsl.theory.components import Moments, Signal
 from megadsl.theory.contract import NAMES, component
 from megadsl.theory.inputs import TokenStatistics, cross_entropy_gradient, embedding_moments, zipf
 from megadsl.theory.profile import DepthProfile, Prediction, propagate
-from megadsl.theory.shape import Embedding, ModelShape, Sublayer
+from megadsl.theory.shape import Embedding, Head, ModelShape, Sublayer
 
 __all__ = [
-    "NAMES", "AttentionShape", "AttentionSignal", "DepthProfile", "Embedding", "ModelShape", "Moments", "Prediction", "Signal",
-    "Sublayer",
-    "TokenStatistics", "component", "cross_entropy_gradient", "embedding_moments", "propagate", "zipf",
+    "NAMES", "AttentionShape", "AttentionSignal", "DepthProfile", "Embedding", "Head", "ModelShape", "Moments", "Prediction",
+    "Signal", "Sublayer", "TokenStatistics", "component", "cross_entropy_gradient", "embedding_moments", "propagate", "zipf",
 ]

@@ -3,7 +3,8 @@
 With tables of std s_w, s_p, s_t, the stream at position t is x_t = E[word_t] + P[t] + S[type_t], so per coordinate
     q   = s_w^2 + s_p^2 + s_t^2                      second moment
     c   = pi_2 s_w^2 + sigma_typ s_t^2               overlap of two positions
-with pi_2 = P(two positions hold the same word) and sigma_typ = P(same token type). Dropout p afterwards: q / (1-p), c unchanged.
+with pi_2 = P(two positions hold the same word) and sigma_typ = P(same token type). A norm on the sum whose gain is g: both times
+g^2 / (q + eps). Dropout p afterwards: q / (1-p), c unchanged.
 """
 
 import json
@@ -29,6 +30,7 @@ class TokenStatistics:
         num_tokens: tokens counted; 0 for an assumed distribution.
         same_type_probability: that two positions of a sequence have the same token type; None: 1 with one type, 2/3 (two
             segments, cut anywhere) with more.
+        masking_probability: share f of positions that a masked-language model predicts; None: the input is not masked.
     """
 
     vocab_size: int
@@ -37,6 +39,7 @@ class TokenStatistics:
     unigram_entropy: float | None = None
     num_tokens: int = 0
     same_type_probability: float | None = None
+    masking_probability: float | None = None
 
     @property
     def repeats(self) -> float:
@@ -44,6 +47,13 @@ class TokenStatistics:
         if self.repeat_probability_in_sequence is not None:
             return self.repeat_probability_in_sequence
         return self.repeat_probability
+
+    @property
+    def input_repeats(self) -> float:
+        """pi_2 of what the model reads: of the share f of positions 80 % hold the same mask token, 10 % a random word."""
+        f = self.masking_probability or 0.0
+        kept = (1.0 - 0.9 * f) ** 2
+        return kept * self.repeats + (0.8 * f) ** 2 + ((1.0 - 0.8 * f) ** 2 - kept) / self.vocab_size
 
     @classmethod
     def load(cls, path: Path | str) -> "TokenStatistics":
@@ -89,14 +99,15 @@ def mixed(parts: list[tuple[TokenStatistics, float]]) -> TokenStatistics:
     )
 
 
-def embedding_moments(embedding: Embedding, dropout: float = 0.0) -> tuple[float, float]:
-    """(q, c): second moment and mean overlap of two positions of the embedding sum, after dropout."""
+def embedding_moments(embedding: Embedding, dropout: float = 0.0, eps: float = 0.0) -> tuple[float, float]:
+    """(q, c): second moment and mean overlap of two positions of the embedding sum, after its norm and dropout."""
     word = embedding.word_std ** 2
     position = (embedding.position_std or 0.0) ** 2
     tokentype = (embedding.tokentype_std or 0.0) ** 2
-    q = (word + position + tokentype) / (1.0 - dropout)
+    q = word + position + tokentype
     c = embedding.repeat_probability * word + embedding.same_type_probability * tokentype
-    return q, c
+    scale = 1.0 if embedding.norm_gain is None else embedding.norm_gain ** 2 / (q + eps)
+    return scale * q / (1.0 - dropout), scale * c
 
 
 def sinusoidal_overlap(distance: np.ndarray, hidden_size: int) -> np.ndarray:

@@ -4,10 +4,12 @@
 encoder_decoder runs its encoder first; the encoder's gradient is what the cross-attentions of all decoder layers send back.
 
 The gradient starts at the input of the head with variance 1 and the token correlation of the cross-entropy gradient at
-initialisation (inputs.cross_entropy_gradient; with masked-token prediction on a share f of positions it is f times that).
+initialisation (inputs.cross_entropy_gradient; with masked-token prediction on a share f of positions it is f times that). BERT's
+transform W -> phi -> norm in front of the logits decorrelates it by E phi'phi'(r) / E phi'^2, r the token correlation of its input.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,12 +19,15 @@ import numpy as np
 
 from megadsl.theory.grid import Gram, means, uniform_grid
 from megadsl.theory.inputs import cross_entropy_gradient, embedding_moments
+from megadsl.theory.quadrature import dual_map
 from megadsl.theory.recursion import Stack
 from megadsl.theory.scalar import ScalarStack
-from megadsl.theory.shape import Embedding, ModelShape, Sublayer
+from megadsl.theory.shape import Embedding, Head, ModelShape, Sublayer
 
 # Share of positions that a masked-language-model objective predicts (BERT).
 MASKED_SHARE = 0.15
+# BERT's transform is no gated unit.
+UNGATED = {"swiglu": "silu", "geglu": "gelu"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class DepthProfile:
 
 
 def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Sublayer], vocab_size: int,
-              level: Literal["matrix", "scalar"] = "matrix", logit_variance: float = 1.0,
+              level: Literal["matrix", "scalar"] = "matrix", head: Head | None = None,
               gradient_correlation: float | None = None) -> DepthProfile:
     """Predict the signal of a model; stds that a sublayer leaves open are solved for unit branches.
 
@@ -92,10 +97,24 @@ def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Subla
     def start(correlation: float) -> float:
         if gradient_correlation is not None:
             return gradient_correlation
-        r_g = cross_entropy_gradient(shape.hidden_size, vocab_size, embedding.repeat_probability, correlation, logit_variance)[1]
-        return r_g * MASKED_SHARE if shape.family == "encoder" else r_g
+        return _head_gradient(shape, embedding, vocab_size, head or Head(), correlation)
 
     return run(shape, embedding, grouped, start)
+
+
+def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, head: Head, r: float) -> float:
+    """Token correlation of the gradient at a head whose input has token correlation r."""
+    share = head.predicted_share
+    if share is None:
+        share = MASKED_SHARE if shape.family == "encoder" else 1.0
+    if head.dense_std is not None:
+        unit, _ = dual_map(UNGATED.get(shape.activation, shape.activation), math.sqrt(shape.hidden_size) * head.dense_std)
+        share *= float(unit.derivative(np.array(r))) / unit.gain
+        # LayerNorm takes away the mean over features, which every token has.
+        mean = float(unit.overlap(np.array(0.0))) if shape.normalization == "LayerNorm" else 0.0
+        r = (float(unit.overlap(np.array(r))) - mean) / (unit.second_moment - mean)
+    repeats = embedding.repeat_probability if head.repeat_probability is None else head.repeat_probability
+    return share * cross_entropy_gradient(shape.hidden_size, vocab_size, repeats, r, head.logit_variance)[1]
 
 
 def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
@@ -138,12 +157,12 @@ def _prediction(stack: Stack, stream: Gram, gradient: Gram) -> Prediction:
 
 
 def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
-    q0, c0 = embedding_moments(embedding, shape.dropout)
+    q0, c0 = embedding_moments(embedding, shape.dropout, shape.eps)
     stacks: list[ScalarStack] = []
-    r = None
+    memory = None
     for name, sublayers in grouped.items():
-        stack = ScalarStack(shape, name, r, shape.length if r is not None else 0)
-        q, r = stack.forward(q0, c0 / q0, sublayers)
+        stack = ScalarStack(shape, name, memory, shape.length if memory is not None else 0)
+        memory = q, r = stack.final(*stack.forward(q0, c0 / q0, sublayers))
         stacks.append(stack)
     r_g = start(r)
     gradient, found = (1.0, r_g), {}
@@ -154,8 +173,5 @@ def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
         states = [stack.start, *((step.q, step.r) for step in stack.steps)]
         points.append([Prediction(q, r, q_g, c_g / q_g) for (q, r), (q_g, c_g) in zip(states, found[stack.name], strict=True)])
         solved += [step.sublayer for step in stack.steps]
-    pre = shape.norm_position == "pre"
-    normed = q / (q + shape.eps) if pre else q
-    r = r * (1.0 - (1.0 - r * r) / (2.0 * shape.hidden_size)) if pre else r
-    final = Prediction(normed, r, 1.0, r_g)
+    final = Prediction(q, r, 1.0, r_g)
     return DepthProfile(points[0][0], tuple(solved), tuple(p for part in points for p in part[1:]), final)

@@ -3,7 +3,8 @@
   Pre-LN    Q <- lambda^2 Q + beta^2 F(N(Q))                          N(Q)_tt' = Q_tt' / sqrt((q_t + eps)(q_t' + eps))
             Gam <- lambda^2 Gam + beta^2 B(Gam) / sqrt((q_t + eps)(q_t' + eps))
   Post-LN   Q <- N(Y), Y = lambda^2 Q + beta^2 F(Q);    Gam <- (lambda^2 + beta^2 B)(Gam / sqrt((y_t + eps)(y_t' + eps)))
-F is the branch's Gram matrix (attention.py; FFN elementwise by quadrature.DualMap), B its backward map; hidden dropout divides
+Both norms (Keel) and none (ReZero) are the same lines with both factors or neither; a fixed factor s on the norm in front of the
+branch multiplies N(Q) and B by s^2. F is the branch's Gram matrix (attention.py; FFN elementwise by quadrature.DualMap), B its backward map; hidden dropout divides
 diagonals by 1-p. Post-LN rows are divided by their own fluctuating norms: the correlation loses rho/(1+rho)^2 (1-r)(2+r)/d a
 sublayer, rho = beta^2 q_F / lambda^2. Source: THEORY.md, sections 6 and 6b.
 
@@ -26,8 +27,9 @@ class Step:
     """One sublayer of the forward pass with what its backward pass needs."""
 
     sublayer: Sublayer
-    queries: Gram                  # input of the branch (normed in Pre-LN)
-    norm: np.ndarray               # 1 / sqrt(second moment + eps) of the norm in front (Pre-LN) or behind (Post-LN)
+    queries: Gram                  # input of the branch
+    inner: np.ndarray | None       # 1 / sqrt(second moment + eps) of the norm in front, times its factor
+    outer: np.ndarray | None       # 1 / sqrt(second moment + eps) of the norm behind
     output: Gram                   # the stream after the sublayer
     gain: float                    # kappa_v kappa_o, or kappa_2
 
@@ -47,10 +49,10 @@ class Stack:
         self.memory, self.memory_grid = memory, memory_grid
         self.cross_mask = Mask(self.grid, memory_grid, False) if memory_grid is not None else None
         self.attention_shape = AttentionShape(shape.hidden_size, shape.head_dim, shape.attention_dropout, shape.qk_norm,
-            normed=True)
+            normed=shape.norm_position != "none")
         # Row norms fluctuate: E 1/s^2 = (1 + 3/d)/sigma^2, less the 2 projections of the norm (components.layernorm; RMSNorm
-        # alike). # Not in Post-LN, where the fluctuations of successive norms are not independent of the gradient's path.
-        self._norm_backward = np.sqrt(1.0 + 1.0 / shape.hidden_size)
+        # alike). Not behind norms, where the fluctuations of successive norms are not independent of the gradient's path.
+        self._norm_backward = 1.0 if shape.outer_norm else np.sqrt(1.0 + 1.0 / shape.hidden_size)
         self.rotary = None
         if shape.rotary_base is not None:
             overlap = rotary_overlap(np.arange(length), shape.head_dim, shape.rotary_base)
@@ -63,7 +65,7 @@ class Stack:
         self._final_norm: np.ndarray | None = None
 
     def embed(self, embedding: Embedding) -> Gram:
-        """The stream after the embedding sum and its dropout."""
+        """The stream after the embedding sum, its norm and its dropout."""
         word, tokentype = embedding.word_std ** 2, (embedding.tokentype_std or 0.0) ** 2
         position = (embedding.position_std or 0.0) ** 2
         blocks = len(self.grid.sizes)
@@ -73,21 +75,23 @@ class Stack:
             if self.shape.normalization == "LayerNorm":
                 mean = np.sqrt(position) * sinusoidal_mean(self.grid.centres - 1.0, self.shape.hidden_size)
                 self._feature_mean = Gram(np.outer(mean, mean), mean ** 2)
-        diag = np.full(blocks, (word + position + tokentype) / (1.0 - self.shape.dropout))
-        self.start = Gram(off, diag)
+        total = Gram(off, np.full(blocks, word + position + tokentype))
+        if embedding.norm_gain is not None:
+            total = self._centred(total)
+            total, self._feature_mean = total.scaled(embedding.norm_gain * self._norm(total)), None
+        self.start = Gram(total.off, total.diag / (1.0 - self.shape.dropout))
         return self.start
 
     def forward(self, stream: Gram, sublayers: list[Sublayer]) -> Gram:
         """Run the sublayers; open stds are solved for unit branches."""
         for sublayer in sublayers:
-            step = self._pre(stream, sublayer) if self.shape.norm_position == "pre" else self._post(stream, sublayer)
-            self.steps.append(step)
-            stream = step.output
+            self.steps.append(self._step(stream, sublayer))
+            stream = self.steps[-1].output
         return stream
 
     def final(self, stream: Gram) -> Gram:
         """The head's (or memory's) input: normed once more in Pre-LN."""
-        if self.shape.norm_position == "post":
+        if not self.shape.final_norm:
             return stream
         centred = self._centred(stream)
         self._final_norm = self._norm(centred)
@@ -96,18 +100,18 @@ class Stack:
     def backward(self, gradient: Gram) -> tuple[list[Gram], Gram | None]:
         """From the gradient at `final` -> (gradients at the stream: after the embedding, after every sublayer; gradient at the
         memory)."""
-        if self.shape.norm_position == "pre":
+        if self._final_norm is not None:
             gradient = gradient.scaled(self._norm_backward * self._final_norm)
         found, at_memory = [gradient], None
         for step in reversed(self.steps):
             sublayer = step.sublayer
             lam2, beta2 = sublayer.residual_scale ** 2, sublayer.branch_scale ** 2
-            if self.shape.norm_position == "post":
-                gradient = gradient.scaled(step.norm)
+            if step.outer is not None:
+                gradient = gradient.scaled(step.outer)
             branch = Gram(gradient.off, gradient.diag / (1.0 - self.shape.dropout))
             passed, memory = self._branch_backward(step, branch)
-            if self.shape.norm_position == "pre":
-                passed = passed.scaled(step.norm * self._norm_backward)
+            if step.inner is not None:
+                passed = passed.scaled(step.inner * self._norm_backward)
             gradient = gradient.plus(passed, lam2, beta2)
             if memory is not None:
                 at_memory = memory.plus(memory, beta2, 0.0) if at_memory is None else at_memory.plus(memory, 1.0, beta2)
@@ -125,29 +129,38 @@ class Stack:
     def _norm(self, centred: Gram) -> np.ndarray:
         return 1.0 / np.sqrt(centred.diag + self.shape.eps)
 
-    def _pre(self, stream: Gram, sublayer: Sublayer) -> Step:
-        centred = self._centred(stream)
-        norm = self._norm(centred)
-        normed = self._sampled(centred.scaled(norm))
-        if self._feature_mean is not None:
-            # Branches have none (their weights are random), so the skip alone carries it on.
-            self._feature_mean = self._feature_mean.plus(self._feature_mean, sublayer.residual_scale ** 2, 0.0)
-        solved, branch, gain = self._branch(normed, sublayer)
-        output = stream.plus(branch, sublayer.residual_scale ** 2, sublayer.branch_scale ** 2)
-        return Step(solved, normed, norm, output, gain)
-
-    def _post(self, stream: Gram, sublayer: Sublayer) -> Step:
-        solved, branch, gain = self._branch(stream, sublayer)
+    def _step(self, stream: Gram, sublayer: Sublayer) -> Step:
         lam2, beta2 = sublayer.residual_scale ** 2, sublayer.branch_scale ** 2
+        inputs, inner, outer = stream, None, None
+        if self.shape.inner_norm:
+            centred = self._centred(stream)
+            inner = self._norm(centred)
+            normed = centred.scaled(inner)
+            # Behind another norm rows have a fixed length already.
+            inputs = normed if self.shape.outer_norm and self.steps else self._sampled(normed)
+            if sublayer.norm_scale != 1.0:
+                factor = np.full(len(inner), sublayer.norm_scale)
+                inputs, inner = inputs.scaled(factor), inner * factor
+        solved, branch, gain = self._branch(inputs, sublayer)
+        if self.shape.outer_norm:
+            output, outer = self._normed_sum(stream, branch, lam2, beta2)
+        else:
+            output = stream.plus(branch, lam2, beta2)
+            if self._feature_mean is not None:
+                # Branches have none (their weights are random), so the skip alone carries it on.
+                self._feature_mean = self._feature_mean.plus(self._feature_mean, lam2, 0.0)
+        return Step(solved, inputs, inner, outer, output, gain)
+
+    def _normed_sum(self, stream: Gram, branch: Gram, lam2: float, beta2: float) -> tuple[Gram, np.ndarray]:
+        """(stream, norm) behind an addition that is normalised."""
         added = self._centred(stream).plus(branch, lam2, beta2)
         self._feature_mean = None
         norm = self._norm(added)
         output = added.scaled(norm)
         rho = beta2 * branch.diag.mean() / (lam2 * stream.diag.mean())
         r = np.clip(output.off, -1.0, 1.0)
-        output = Gram(output.off - rho / (1.0 + rho) ** 2 * (1.0 - r) * (2.0 + r) / self.shape.hidden_size * np.sign(r),
-            output.diag)
-        return Step(solved, stream, norm, output, gain)
+        loss = rho / (1.0 + rho) ** 2 * (1.0 - r) * (2.0 + r) / self.shape.hidden_size * np.sign(r)
+        return Gram(output.off - loss, output.diag), norm
 
     def _branch(self, inputs: Gram, sublayer: Sublayer) -> tuple[Sublayer, Gram, float]:
         """(sublayer with all stds, Gram of the branch after dropout, its output gain)."""

@@ -67,12 +67,14 @@ def _read(table: list[tuple], r: float) -> list[float]:
 
 @dataclass
 class ScalarStep:
-    """One sublayer: state behind it and the linear gradient map of its branch (with the norm's factor)."""
+    """One sublayer: state behind it, 1 / second moment at its norms (1 where there is none; the inner one with its factor), and the
+    linear gradient map of its branch."""
 
     sublayer: Sublayer
     q: float
     r: float
-    norm: float
+    inner: float
+    outer: float
     branch: tuple[float, float, float, float]
     memory: tuple[float, float, float, float] | None = None
 
@@ -80,12 +82,14 @@ class ScalarStep:
 class ScalarStack:
     """One stack under the exchangeable closure; the counterpart of recursion.Stack."""
 
-    def __init__(self, shape: ModelShape, name: str, memory_r: float | None = None, memory_length: int = 0):
+    def __init__(self, shape: ModelShape, name: str, memory: tuple[float, float] | None = None, memory_length: int = 0):
+        """`memory`: (second moment, token correlation) of what cross-attention attends to."""
         self.shape, self.name = shape, name
         self.length, self.causal = shape.stack_length(name), name == "decoder"
-        self.memory_r, self.memory_length = memory_r, memory_length
+        self.memory_q, self.memory_r = memory or (1.0, 0.0)
+        self.memory_length = memory_length
         self.attention_shape = AttentionShape(shape.hidden_size, shape.head_dim, shape.attention_dropout, shape.qk_norm,
-            normed=True)
+            normed=shape.norm_position != "none")
         self.gated = ACTIVATIONS[shape.activation].gated or shape.activation == "squared_relu"
         self.steps: list[ScalarStep] = []
         self.start = (1.0, 0.0)
@@ -94,41 +98,47 @@ class ScalarStack:
 
     def forward(self, q: float, r: float, sublayers: list[Sublayer]) -> tuple[float, float]:
         """Run the sublayers; open stds are solved for unit branches. -> (q, r) of the stream."""
-        pre, eps, keep = self.shape.norm_position == "pre", self.shape.eps, 1.0 - self.shape.dropout
+        shape, keep = self.shape, 1.0 - self.shape.dropout
         self.start = (q, r)
         for sublayer in sublayers:
-            norm = 1.0 / (q + eps) if pre else 1.0
-            unit = q * norm
-            # A norm divides rows by their own length: the mean of a sample correlation.
-            seen = r * (1.0 - (1.0 - r * r) / (2.0 * self.shape.hidden_size)) if pre else r
+            inner, outer, seen = 1.0, 1.0, r
+            if shape.inner_norm:
+                inner = sublayer.norm_scale ** 2 / (q + shape.eps)
+                # Behind another norm rows have a fixed length already.
+                seen = r if shape.outer_norm and self.steps else self._sampled(r)
             branch_of = self._ffn if sublayer.kind == "ffn" else self._attention
-            solved, q_f, c_f, branch, memory = branch_of(sublayer, unit, seen, keep)
+            solved, q_f, c_f, branch, memory = branch_of(sublayer, q * inner, seen, keep)
             lam2, beta2 = sublayer.residual_scale ** 2, sublayer.branch_scale ** 2
             total, overlap = lam2 * q + beta2 * q_f, lam2 * q * r + beta2 * c_f
             r = overlap / total
-            if pre:
-                q = total
-            else:
-                norm, rho = 1.0 / (total + eps), beta2 * q_f / (lam2 * q)
-                q = total * norm
-                r -= rho / (1.0 + rho) ** 2 * (1.0 - r) * (2.0 + r) / self.shape.hidden_size * (1.0 if r > 0 else -1.0)
-            self.steps.append(ScalarStep(solved, q, r, norm, branch, memory))
+            if shape.outer_norm:
+                outer, rho = 1.0 / (total + shape.eps), beta2 * q_f / (lam2 * q)
+                r -= rho / (1.0 + rho) ** 2 * (1.0 - r) * (2.0 + r) / shape.hidden_size * (1.0 if r > 0 else -1.0)
+            q = total * outer
+            self.steps.append(ScalarStep(solved, q, r, inner, outer, branch, memory))
         return q, r
+
+    def final(self, q: float, r: float) -> tuple[float, float]:
+        """The head's (or memory's) input: normed once more in Pre-LN."""
+        return (q / (q + self.shape.eps), self._sampled(r)) if self.shape.final_norm else (q, r)
+
+    def _sampled(self, r: float) -> float:
+        """A norm divides rows by their own length: the mean of a sample correlation."""
+        return r * (1.0 - (1.0 - r * r) / (2.0 * self.shape.hidden_size))
 
     def backward(self, q_g: float, c_g: float) -> tuple[list[tuple[float, float]], tuple[float, float]]:
         """(gradient moments after the embedding and after every sublayer, gradient moments at the memory)."""
-        pre, keep = self.shape.norm_position == "pre", 1.0 - self.shape.dropout
+        shape, keep = self.shape, 1.0 - self.shape.dropout
         # Fluctuating row norms, as in recursion.Stack.
-        spread = 1.0 + 1.0 / self.shape.hidden_size
-        if pre:
-            norm = spread / ((self.steps[-1].q if self.steps else self.start[0]) + self.shape.eps)
+        spread = 1.0 + 1.0 / shape.hidden_size if shape.final_norm else 1.0
+        if shape.final_norm:
+            norm = spread / ((self.steps[-1].q if self.steps else self.start[0]) + shape.eps)
             q_g, c_g = q_g * norm, c_g * norm
         found, memory_q, memory_c = [(q_g, c_g)], 0.0, 0.0
         for step in reversed(self.steps):
             lam2, beta2 = step.sublayer.residual_scale ** 2, step.sublayer.branch_scale ** 2
-            if not pre:
-                q_g, c_g = q_g * step.norm, c_g * step.norm
-            dropped, scale = q_g / keep, beta2 * (step.norm * spread if pre else 1.0)
+            q_g, c_g = q_g * step.outer, c_g * step.outer
+            dropped, scale = q_g / keep, beta2 * step.inner * spread
             a, b, e, f = step.branch
             if step.memory is not None:
                 ma, mb, me, mf = step.memory
@@ -158,8 +168,9 @@ class ScalarStack:
 
     def _attention(self, sublayer: Sublayer, unit: float, r: float, keep: float) -> tuple:
         weights, shape, cross = sublayer.weight_std, self.shape, sublayer.kind == "cross_attention"
-        # Scores see unit^2; to a relative 1 % that is the same table.
-        kappa = (shape.hidden_size * weights["query"] * weights["key"] * unit) ** 2
+        keys = self.memory_q if cross else unit
+        # Scores have the scale of queries times keys; the table, whose inputs have second moment 1, is the same to a relative 1 %.
+        kappa = (shape.hidden_size * weights["query"] * weights["key"]) ** 2 * unit * keys
         key = (round(math.log(max(kappa, 1e-12)), 2), cross)
         if key not in self._tables:
             self._tables[key] = _attention_table(
@@ -168,10 +179,11 @@ class ScalarStack:
         mbar, cbar, a, b, e, f, *memory = _read(self._tables[key], r)
         fan = shape.hidden_size * shape.num_heads * shape.head_dim
         if weights["value"] is None:
-            std = (keep / (fan * mbar * unit)) ** 0.25
+            std = (keep / (fan * mbar * keys)) ** 0.25
             weights = {**weights, "value": std, "attention_output": std}
             sublayer = replace(sublayer, weight_std=weights)
         gain = fan * (weights["value"] * weights["attention_output"]) ** 2
-        branch = (gain * a, gain * b, gain * e, gain * f)
-        scaled = tuple(gain * x for x in (memory[0], memory[1], memory[2], memory[3])) if cross else None
-        return sublayer, gain * unit * mbar / keep, gain * unit * cbar, branch, scaled
+        # The gradient at the queries grows with the keys and falls with the queries that share their scores' variance.
+        branch = tuple(gain * keys / unit * x for x in (a, b, e, f))
+        scaled = tuple(gain * x for x in memory) if cross else None
+        return sublayer, gain * keys * mbar / keep, gain * keys * cbar, branch, scaled

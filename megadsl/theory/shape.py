@@ -33,6 +33,21 @@ class ModelShape:
     rotary_base: float | None = None
     qk_norm: bool = False
 
+    @property
+    def inner_norm(self) -> bool:
+        """A norm in front of every branch."""
+        return self.norm_position in ("pre", "both")
+
+    @property
+    def outer_norm(self) -> bool:
+        """A norm behind every addition."""
+        return self.norm_position in ("post", "both")
+
+    @property
+    def final_norm(self) -> bool:
+        """A norm at the end of a stack, whose stream no other norm has seen."""
+        return self.norm_position == "pre"
+
     def stack_length(self, stack: str) -> int:
         """Tokens that flow through a stack: the targets in the decoder of an encoder_decoder, else `length`."""
         if self.family == "encoder_decoder" and stack == "decoder":
@@ -74,3 +89,18 @@ class Embedding:
     same_type_probability: float = 2.0 / 3.0
     sinusoidal: bool = False
     norm_gain: float | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the gradient at the head's input depends on.
+
+    `dense_std`: BERT's transform norm(activation(dense @ h)) stands in front of the logits; None: it does not.
+    `repeat_probability`: two predicted words are equal (None: the embedding's); `predicted_share`: positions that are predicted
+    (None: 15 % in an encoder, else all).
+    """
+
+    logit_variance: float = 1.0
+    dense_std: float | None = None
+    repeat_probability: float | None = None
+    predicted_share: float | None = None

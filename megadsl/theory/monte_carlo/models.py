@@ -110,7 +110,7 @@ class _Draw:
             for sublayer in mine:
                 x = self._sublayer(x, sublayer, memory)
                 streams.append(x)
-            final = self._norm(x) if self.shape.norm_position == "pre" else x
+            final = self._norm(x) if self.shape.final_norm else x
         return streams, final
 
     def _normal(self, std: float, *size: int) -> torch.Tensor:
@@ -128,6 +128,8 @@ class _Draw:
             second = (torch.arange(length).view(1, -1, 1) / length > cut).float()
             types = self._normal(embedding.tokentype_std, 2, x.shape[-1])
             x = x + types[0] * (1.0 - second) + types[1] * second
+        if embedding.norm_gain is not None:
+            x = embedding.norm_gain * self._norm(x)
         return self._dropout(x)
 
     def _positions(self, length: int) -> torch.Tensor:
@@ -147,8 +149,7 @@ class _Draw:
         return F.layer_norm(x, x.shape[-1:], eps=self.shape.eps)
 
     def _sublayer(self, x: torch.Tensor, sublayer: Sublayer, memory: torch.Tensor | None) -> torch.Tensor:
-        pre = self.shape.norm_position == "pre"
-        inputs = self._norm(x) if pre else x
+        inputs = sublayer.norm_scale * self._norm(x) if self.shape.inner_norm else x
         if sublayer.kind == "ffn":
             branch = self._ffn(inputs, sublayer)
         else:
@@ -156,7 +157,7 @@ class _Draw:
             branch = self._attention(inputs, memory if cross else inputs, sublayer, sublayer.stack == "decoder" and not cross,
                 cross)
         y = sublayer.residual_scale * x + sublayer.branch_scale * self._dropout(branch)
-        return y if pre else self._norm(y)
+        return self._norm(y) if self.shape.outer_norm else y
 
     def _ffn(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
         shape, std = self.shape, sublayer.weight_std
