@@ -53,6 +53,32 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _objective_fits(self) -> "Config":
+        data, family = self.data, self.model.family
+        belongs = {
+            "reset_position_ids": ("decoder", "encoder"), "reset_attention_mask": ("decoder", "encoder"),
+            "eod_mask_loss": ("decoder",), "prefix_lm": ("decoder",),
+            "masking_do_full_word": ("encoder",), "sentence_order": ("encoder",),
+        }
+        for key, families in belongs.items():
+            if getattr(data, key) and family not in families:
+                raise ValueError(f"data.{key} does not go with model.family {family}; it is an option of {' and '.join(families)}")
+        resets = data.reset_position_ids or data.reset_attention_mask
+        if data.sentence_order and resets:
+            raise ValueError(
+                "data.sentence_order compares two halves of a sequence, which data.reset_position_ids and "
+                "data.reset_attention_mask cut into documents; switch one of them off"
+            )
+        if data.sentence_order and self.model.num_tokentypes < 2:
+            raise ValueError(
+                f"data.sentence_order tells two halves apart by token types, but model.num_tokentypes is "
+                f"{self.model.num_tokentypes}; set model.num_tokentypes=2"
+            )
+        if self.model.num_tokentypes and family != "encoder":
+            raise ValueError(f"model.num_tokentypes does not go with model.family {family}; only an encoder has token types")
+        return self
+
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different data, for `world_size` ranks; raises UserError where the layout does not fit."""
         parallel, batch = self.parallel, self.training
