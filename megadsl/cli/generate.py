@@ -21,8 +21,9 @@ def generate(
     from megadsl.checkpoint.store import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    from megadsl.inference.generate import Sampling, generate as generate_text
+    from megadsl.inference.generate import generate as generate_text
     from megadsl.inference.load import load_model
+    from megadsl.inference.sampling import Sampling
 
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)
     texts = generate_text(load_model(opened, device), prompt, max_new_tokens, sampling, num_samples)

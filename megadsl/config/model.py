@@ -31,10 +31,15 @@ class ModelConfig(Section):
     activation: Activation = Field("gelu", description="FFN activation; swiglu and geglu are gated units")
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     layernorm_epsilon: float = Field(1e-5, gt=0)
-    position_embedding_type: Literal["learned_absolute", "sinusoidal", "rope", "none"] = "learned_absolute"
+    position_embedding_type: Literal["learned_absolute", "sinusoidal", "rope", "relative", "none"] = Field(
+        "learned_absolute", description="relative: T5's bias on attention scores, one table a stack, 0 at the start"
+    )
     rotary_base: float = Field(10000.0, gt=0)
+    relative_attention_num_buckets: int = Field(32, ge=4, description="rows of the relative bias table")
+    relative_attention_max_distance: int = Field(128, ge=2, description="distance from which all share the last bucket")
     qk_layernorm: bool = Field(False, description="normalise queries and keys per head")
     num_tokentypes: int = Field(0, ge=0, description="rows of the token-type (segment) table; 0: no table")
+    embedding_layernorm: bool = Field(False, description="normalise the embedding sum, as BERT and BART do")
     add_bias_linear: bool = Field(True, description="biases on all linear layers")
     untie_embeddings_and_output_weights: bool = Field(False, description="true: the LM head has a matrix of its own")
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on embeddings and on every branch")
@@ -81,5 +86,7 @@ class ModelConfig(Section):
 class SchemeConfig(Section):
     """Initialisation and residual scaling. `scheme: dslm` is short for `scheme: {name: dslm}`."""
 
-    name: str = Field("dslm", description="a scheme of megadsl.schemes (megadsl plan --compare lists them)")
+    name: str = Field("dslm", description="a scheme of megadsl.schemes (docs/theory.md has the table; megadsl plan --compare all)")
     k: float = Field(2.0, gt=0, description="total branch weight of DSLM: beta^2 = k / (number of residual additions)")
+    base_num_layers: int = Field(2, ge=1, description="depth of the small model that completep and depth_mup carry over from")
+    base_hidden_size: int = Field(256, ge=1, description="width of the small model that completep and depth_mup carry over from")

@@ -10,8 +10,7 @@ from megadsl.config import Config
 from megadsl.config.load import parse_config
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
-from megadsl.model.decoder import decoder_entries
-from megadsl.model.loss import causal_loss
+from megadsl.model.family import ModelDefinition, define_model
 from megadsl.model.stack import Stack
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import initialize_groups
@@ -24,6 +23,7 @@ class TrainedModel:
     """A model in evaluation mode with what is needed to use it."""
 
     config: Config
+    definition: ModelDefinition
     stack: Stack
     tokenizer: Tokenizer
     device: torch.device
@@ -42,10 +42,10 @@ def load_model(checkpoint: Checkpoint, device_name: str = "auto") -> TrainedMode
     device = prepare_device(device_name)
     # Megatron's layers ask for process groups even when there is one process; its address is free for the taking.
     initialize_groups(Launch.alone(), Topology(1, 1, 1), device)
-    entries = decoder_entries(config, checkpoint.plan(), checkpoint.info.padded_vocab_size)
-    stack = Stack(entries, causal_loss)
+    definition = define_model(config, checkpoint.plan(), checkpoint.info.padded_vocab_size)
+    stack = Stack(definition.entries, definition.loss)
     _fill(stack, checkpoint)
-    return TrainedModel(config, stack.to(device).eval(), Tokenizer.load(checkpoint.tokenizer), device)
+    return TrainedModel(config, definition, stack.to(device).eval(), Tokenizer.load(checkpoint.tokenizer), device)
 
 
 @torch.no_grad()

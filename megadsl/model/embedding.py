@@ -1,18 +1,27 @@
-"""Embeddings: the word table (held alone, so that it can be tied across pipeline stages) and what is added to it.
+"""Embeddings: the word table (held alone, so that it can be tied across pipeline stages), what is added to it, and T5's
+relative position bias.
 
-Shape letters: b micro-batch, s sequence, h hidden, v padded vocabulary.
+Shape letters: b micro-batch, s sequence, h hidden, v padded vocabulary, n heads, p tensor-parallel size.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from megadsl.model.init import ParameterTag, tag
+from megadsl.config.model import ModelConfig
+from megadsl.model.init import ParameterTag, tag, tag_norm
+from megadsl.model.masks import positions_in_segments
+from megadsl.model.stream import pack, unpack, with_hidden
+from megadsl.schemes.plan import EmbeddingPlan
 
 
 class WordEmbedding(torch.nn.Module):
-    """tokens [b, s] -> hidden [s, b, h]; the table [v, h] is sliced over tensor-parallel ranks along v."""
+    """(tokens [b, s], *context) -> (hidden [s, b, h], *context); the table [v, h] is sliced along v."""
 
     def __init__(self, config: TransformerConfig, padded_vocab_size: int, std: float):
         super().__init__()
@@ -26,20 +35,87 @@ class WordEmbedding(torch.nn.Module):
     def weight(self) -> torch.nn.Parameter:
         return self.table.weight
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.table(tokens).transpose(0, 1).contiguous()
+    def forward(self, value):
+        tokens = value if isinstance(value, torch.Tensor) else value[0]
+        return with_hidden(value, self.table(tokens).transpose(0, 1).contiguous())
 
 
-class PositionEmbedding(torch.nn.Module):
-    """Adds learned positions to hidden [s, b, h], then drops out."""
+class EmbeddingSum(torch.nn.Module):
+    """Adds positions and token types to the words' hidden state, normalises the sum where the model does, and drops out.
 
-    def __init__(self, config: TransformerConfig, max_positions: int, std: float):
+    Args:
+        names: context that comes in; token types are used up here.
+        max_positions: rows of a learned or sinusoidal position table.
+        reset_positions: positions start at 0 in every segment.
+    """
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, plan: EmbeddingPlan, max_positions: int,
+                 names: tuple[str, ...] = (), reset_positions: bool = False):
         super().__init__()
-        self.dropout = config.hidden_dropout
-        self.table = torch.nn.Parameter(torch.empty(max_positions, config.hidden_size, dtype=config.params_dtype))
-        tag(self.table, ParameterTag("position_embedding", tuple(self.table.shape), {"position_embedding": std}))
+        self.names, self.reset_positions, self.dropout = names, reset_positions, config.hidden_dropout
+        std = plan.weight_std
+        self.position = self.tokentype = self.norm = None
+        if model.position_embedding_type == "learned_absolute":
+            self.position = _table(max_positions, config, "position_embedding", std["position_embedding"])
+        elif model.position_embedding_type == "sinusoidal":
+            del self.position
+            waves = sinusoid(max_positions, config.hidden_size) * std["position_embedding"]
+            self.register_buffer("position", waves.to(config.params_dtype), persistent=False)
+        if model.num_tokentypes:
+            self.tokentype = _table(model.num_tokentypes, config, "tokentype_embedding", std["tokentype_embedding"])
+        if plan.norm_gain is not None:
+            self.norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+            tag_norm(self.norm, plan.norm_gain)
 
-    def forward(self, hidden: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    def forward(self, value, offset: int = 0):
         """`offset` is the position of hidden[0] (not 0 while generating from a key/value cache)."""
-        positions = self.table[offset:offset + hidden.size(0)].unsqueeze(1)
-        return F.dropout(hidden + positions, p=self.dropout, training=self.training)
+        hidden, context = unpack(value, self.names)
+        if self.position is not None:
+            hidden = hidden + self._positions(hidden.size(0), offset, context)
+        tokentypes = context.pop("tokentypes", None)
+        if self.tokentype is not None:
+            rows = self.tokentype[:1] if tokentypes is None else self.tokentype[tokentypes].transpose(0, 1)
+            hidden = hidden + rows
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return pack(F.dropout(hidden, p=self.dropout, training=self.training), context)
+
+    def _positions(self, length: int, offset: int, context: dict) -> torch.Tensor:
+        if self.reset_positions and "segments" in context:
+            return self.position[positions_in_segments(context["segments"])].transpose(0, 1)
+        return self.position[offset:offset + length].unsqueeze(1)
+
+
+class RelativePositions(RelativePositionEmbedding):
+    """Adds T5's bias on attention scores, [1, n/p, s, s], to the context; one table [buckets, n] serves a whole stack.
+
+    It starts at 0, so that it does not change the signal at initialisation (arXiv 1910.10683, section 2.1).
+    """
+
+    def __init__(self, model: ModelConfig, tensor_parallel_size: int, causal: bool, names: tuple[str, ...]):
+        buckets, heads = model.relative_attention_num_buckets, model.num_attention_heads
+        super().__init__(not causal, lambda weight: None, heads // tensor_parallel_size, buckets,
+                         model.relative_attention_max_distance)
+        self.names = names
+        tag(self.relative_attention_bias.weight,
+            ParameterTag("relative_attention_bias", (buckets, heads), {}, partition_dim=1))
+
+    def forward(self, value, offset: int = 0):
+        """`offset` tokens before hidden[0] are cached; the bias is then [1, n/p, s, offset + s]."""
+        hidden, context = unpack(value, self.names)
+        length = offset + hidden.size(0)
+        bias = super().forward(length, length)[:, :, offset:]
+        return pack(hidden, {**context, "position_bias": bias})
+
+
+def sinusoid(positions: int, hidden_size: int) -> torch.Tensor:
+    """sqrt(2) (sin, cos) of position * 10000^(-2i/h), sines first: root mean square 1; [positions, h] in fp32."""
+    frequencies = torch.exp(torch.arange(0, hidden_size, 2) * (-math.log(10000.0) / hidden_size))
+    angle = torch.arange(positions)[:, None] * frequencies
+    return math.sqrt(2.0) * torch.cat([angle.sin(), angle.cos()], dim=1)[:, :hidden_size]
+
+
+def _table(rows: int, config: TransformerConfig, role: str, std: float) -> torch.nn.Parameter:
+    table = torch.nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
+    tag(table, ParameterTag(role, tuple(table.shape), {role: std}))
+    return table

@@ -16,7 +16,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megadsl.parallel.rng import seed_from
 
 # Weight decay pulls matrices towards zero; on norms, biases and embeddings the field does without it.
-DECAYED_ROLES = frozenset({"query_key_value", "attention_output", "fc1", "fc2", "output_head"})
+DECAYED_ROLES = frozenset({
+    "query_key_value", "query", "key_value", "attention_output", "fc1", "fc2", "output_head", "head_dense",
+})
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,16 @@ class ParameterTag:
     """What a parameter is.
 
     Attributes:
-        role: query_key_value, attention_output, fc1, fc2, word_embedding, position_embedding, output_head, bias,
-            norm_weight or norm_bias.
+        role: query_key_value (self-attention), query, key_value (cross-attention), attention_output, fc1, fc2,
+            word_embedding, position_embedding, tokentype_embedding, relative_attention_bias, output_head, head_dense, bias,
+            norm_weight, norm_bias or residual_gate.
         full_shape: shape without tensor parallelism.
         std: standard deviation by block role, for example {"query": .1, "key": .1, "value": .2}; empty: a constant.
         constant: the value of a parameter that is not drawn.
         partition_dim: dimension that tensor parallelism slices; None: replicated.
         blocks: tensors stacked along dimension 0 that are sliced one by one (2 for the gate and up halves of a gated fc1).
-        group_rows: rows of (query, key, value) in each query group, for query_key_value only.
+        group_rows: rows of each block role within one group, where roles alternate group after group: (query, key, value) of a
+            query group in query_key_value, (key, value) of a head in key_value.
     """
 
     role: str
@@ -40,7 +44,7 @@ class ParameterTag:
     constant: float = 0.0
     partition_dim: int | None = None
     blocks: int = 1
-    group_rows: tuple[int, int, int] | None = None
+    group_rows: tuple[int, ...] | None = None
 
     def draw(self, seed: int, name: str) -> torch.Tensor:
         """The full fp32 tensor that parameter `name` starts from."""
@@ -55,7 +59,8 @@ class ParameterTag:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _draw_grouped(self, seed: int, name: str) -> torch.Tensor:
-        # Megatron stores, group after group, the queries of the group, its key head and its value head: [g*(n/g+2)*d, h].
+        # Megatron stores, group after group, the queries of the group, its key head and its value head: [g*(n/g+2)*d, h];
+        # in cross-attention, head after head, its key and its value: [n*2*d, h].
         groups = self.full_shape[0] // sum(self.group_rows)
         parts = [
             _normal((groups * rows, self.full_shape[1]), std, seed, name, role).view(groups, rows, -1)
@@ -90,10 +95,10 @@ def tag(parameter: torch.nn.Parameter, value: ParameterTag) -> None:
     set_tensor_model_parallel_attributes(parameter, sliced, value.partition_dim if sliced else -1, value.blocks)
 
 
-def tag_norm(norm: torch.nn.Module) -> None:
-    """Tag a LayerNorm or RMSNorm: gain 1, bias 0, replicated."""
+def tag_norm(norm: torch.nn.Module, gain: float = 1.0) -> None:
+    """Tag a LayerNorm or RMSNorm: it starts at `gain`, bias 0, replicated."""
     shape = tuple(norm.weight.shape)
-    tag(norm.weight, ParameterTag("norm_weight", shape, {}, constant=1.0))
+    tag(norm.weight, ParameterTag("norm_weight", shape, {}, constant=gain))
     if getattr(norm, "bias", None) is not None:
         tag(norm.bias, ParameterTag("norm_bias", shape, {}))
 

@@ -3,21 +3,24 @@
 Shape letters: s sequence, b micro-batch, h hidden, f FFN size, n heads, g query groups, d head size.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megadsl.config.model import ModelConfig
-from megadsl.model.attention import ScaledDotProductAttention
+from megadsl.model.attention import MemoryAttention, ScaledDotProductAttention
 from megadsl.model.init import ParameterTag, tag, tag_norm
 from megadsl.model.residual import ResidualConnection
+from megadsl.model.stream import Context, unpack, with_hidden
 from megadsl.schemes.plan import SublayerPlan
 
 
@@ -52,81 +55,158 @@ def transformer_config(model: ModelConfig, tensor_parallel_size: int = 1, precis
     )
 
 
-def layer_submodules(model: ModelConfig, sublayers: list[SublayerPlan]) -> TransformerLayerSubmodules:
+def layer_submodules(model: ModelConfig, config: TransformerConfig, sublayers: list[SublayerPlan], norm_position: str,
+                     causal: bool) -> TransformerLayerSubmodules:
     """The spec of one layer. Every layer gets its own object, because TransformerLayer may rewrite it."""
     by_kind = {sublayer.kind: sublayer for sublayer in sublayers}
     qk_norm = WrappedTorchNorm if model.qk_layernorm else None
+    make_norm = partial(_tagged_norm, config) if norm_position in ("post", "both") else None
+
+    def norm_of(kind: str):
+        if norm_position in ("post", "none"):
+            return IdentityOp
+        scale = by_kind[kind].norm_scale
+        return WrappedTorchNorm if scale == 1.0 else ModuleSpec(module=ScaledNorm, params={"scale": scale})
+
+    def addition(kind: str) -> ModuleSpec:
+        plan = by_kind[kind]
+        return ModuleSpec(module=ResidualConnection, params={
+            "residual_scale": plan.residual_scale, "branch_scale": plan.branch_scale, "gate": plan.gate,
+            "hidden_size": model.hidden_size, "make_norm": make_norm,
+        })
+
+    cross = {} if "cross_attention" not in by_kind else {
+        "pre_cross_attn_layernorm": norm_of("cross_attention"),
+        "cross_attention": ModuleSpec(
+            module=MemoryAttention, params={"qk_layernorm": model.qk_layernorm},
+            submodules=CrossAttentionSubmodules(
+                linear_q=tensor_parallel.ColumnParallelLinear, linear_kv=tensor_parallel.ColumnParallelLinear,
+                core_attention=ScaledDotProductAttention, linear_proj=tensor_parallel.RowParallelLinear,
+            ),
+        ),
+        "cross_attn_bda": addition("cross_attention"),
+    }
     return TransformerLayerSubmodules(
-        input_layernorm=WrappedTorchNorm,
+        input_layernorm=norm_of("self_attention"),
         self_attention=ModuleSpec(
             module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
+            params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.padding},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=tensor_parallel.ColumnParallelLinear, core_attention=ScaledDotProductAttention,
                 linear_proj=tensor_parallel.RowParallelLinear, q_layernorm=qk_norm, k_layernorm=qk_norm,
             ),
         ),
-        self_attn_bda=_residual_spec(by_kind["self_attention"]),
-        pre_mlp_layernorm=WrappedTorchNorm,
+        self_attn_bda=addition("self_attention"),
+        pre_mlp_layernorm=norm_of("ffn"),
         mlp=ModuleSpec(
             module=MLP,
             submodules=MLPSubmodules(
                 linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
             ),
         ),
-        mlp_bda=_residual_spec(by_kind["ffn"]),
+        mlp_bda=addition("ffn"),
+        **cross,
     )
 
 
-def _residual_spec(sublayer: SublayerPlan) -> ModuleSpec:
-    scales = {"residual_scale": sublayer.residual_scale, "branch_scale": sublayer.branch_scale}
-    return ModuleSpec(module=ResidualConnection, params=scales)
+class ScaledNorm(torch.nn.Module):
+    """scale * norm(x): the fixed factor of LayerNorm Scaling (arXiv 2502.05795)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, scale: float):
+        super().__init__()
+        self.norm = WrappedTorchNorm(config, hidden_size, eps)
+        self.scale = scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden) * self.scale
 
 
-class DecoderLayer(torch.nn.Module):
-    """hidden [s, b, h] -> hidden [s, b, h]: a TransformerLayer with the interface that a list of layers needs."""
+class Layer(torch.nn.Module):
+    """(hidden [s, b, h], *context) -> the same with a new hidden state: a TransformerLayer as one item of a model's list.
+
+    Args:
+        names: the context that flows by (stream.py).
+        masks: context -> (mask of self-attention, mask of cross-attention); shared by the layers of a stack.
+        rotary: length -> rotary angles; None for other positions.
+    """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, sublayers: list[SublayerPlan],
+                 norm_position: str, causal: bool, names: tuple[str, ...], masks: Callable, rotary: Callable | None,
                  recompute: bool):
         super().__init__()
-        self.recompute = recompute
-        self.layer = TransformerLayer(config, layer_submodules(model, sublayers), layer_number=index + 1)
+        self.names, self.masks, self.rotary, self.recompute = names, masks, rotary, recompute
+        submodules = layer_submodules(model, config, sublayers, norm_position, causal)
+        self.layer = TransformerLayer(config, submodules, layer_number=index + 1)
         _tag_layer(self.layer, model, sublayers)
 
-    def forward(self, hidden: torch.Tensor, inference_context=None) -> torch.Tensor:
+    def forward(self, value, inference_context=None):
+        hidden, context = unpack(value, self.names)
         if self.recompute and self.training:
             # Megatron's checkpoint, not torch's: it restores the tensor-parallel generators, so masks are drawn again.
-            return tensor_parallel.checkpoint(self._run, False, hidden)
-        return self._run(hidden, inference_context)
+            # It passes tensors only, so the context's names are bound and its values are arguments.
+            run = partial(self._run_again, tuple(context))
+            return with_hidden(value, tensor_parallel.checkpoint(run, False, hidden, *context.values()))
+        return with_hidden(value, self._run(hidden, context, inference_context))
 
-    def _run(self, hidden: torch.Tensor, inference_context=None) -> torch.Tensor:
-        return self.layer(hidden, attention_mask=None, inference_context=inference_context)[0]
+    def _run_again(self, names: tuple[str, ...], hidden: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return self._run(hidden, dict(zip(names, values, strict=True)))
+
+    def _run(self, hidden: torch.Tensor, context: Context, inference_context=None) -> torch.Tensor:
+        mask, memory_mask = self.masks(hidden, context)
+        length = hidden.size(0) if inference_context is None else inference_context.max_sequence_length
+        return self.layer(
+            hidden, attention_mask=mask, context=context.get("memory"), context_mask=memory_mask,
+            rotary_pos_emb=None if self.rotary is None else self.rotary(length),
+            attention_bias=context.get("position_bias"), inference_context=inference_context,
+        )[0]
+
+
+def _tagged_norm(config: TransformerConfig) -> torch.nn.Module:
+    norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+    tag_norm(norm)
+    return norm
 
 
 def _tag_layer(layer: TransformerLayer, model: ModelConfig, sublayers: list[SublayerPlan]) -> None:
-    std = {}
-    for sublayer in sublayers:
-        std.update(sublayer.weight_std)
-    attention, mlp = layer.self_attention, layer.mlp
-    h, f, d = model.hidden_size, model.ffn_size * (2 if model.gated else 1), model.head_dim
-    heads_per_group = model.num_attention_heads // model.query_groups
+    std = {sublayer.kind: sublayer.weight_std for sublayer in sublayers}
+    h, f, d, n = model.hidden_size, model.ffn_size * (2 if model.gated else 1), model.head_dim, model.num_attention_heads
+    heads_per_group = n // model.query_groups
     qkv_rows = model.query_groups * (heads_per_group + 2) * d
 
-    for norm in (layer.input_layernorm, layer.pre_mlp_layernorm, attention.q_layernorm, attention.k_layernorm):
-        if norm is not None:
+    for norm in (layer.input_layernorm, layer.pre_cross_attn_layernorm, layer.pre_mlp_layernorm):
+        norm = norm.norm if isinstance(norm, ScaledNorm) else norm
+        if hasattr(norm, "weight"):
             tag_norm(norm)
-    _tag_linear(attention.linear_qkv, ParameterTag(
-        "query_key_value", (qkv_rows, h), {role: std[role] for role in ("query", "key", "value")},
+    weights = std["self_attention"]
+    _tag_attention(layer.self_attention, (h, n * d), weights["attention_output"])
+    _tag_linear(layer.self_attention.linear_qkv, ParameterTag(
+        "query_key_value", (qkv_rows, h), {role: weights[role] for role in ("query", "key", "value")},
         partition_dim=0, group_rows=(heads_per_group * d, d, d),
     ))
-    _tag_linear(attention.linear_proj, ParameterTag(
-        "attention_output", (h, model.num_attention_heads * d), {"attention_output": std["attention_output"]}, partition_dim=1,
-    ))
-    _tag_linear(mlp.linear_fc1, ParameterTag(
-        "fc1", (f, h), {"gate": std["fc1"], "up": std["fc1"]} if model.gated else {"fc1": std["fc1"]},
+    if "cross_attention" in std:
+        weights = std["cross_attention"]
+        _tag_attention(layer.cross_attention, (h, n * d), weights["attention_output"])
+        _tag_linear(layer.cross_attention.linear_q, ParameterTag(
+            "query", (n * d, h), {"query": weights["query"]}, partition_dim=0,
+        ))
+        _tag_linear(layer.cross_attention.linear_kv, ParameterTag(
+            "key_value", (2 * n * d, h), {role: weights[role] for role in ("key", "value")}, partition_dim=0, group_rows=(d, d),
+        ))
+    fc1 = std["ffn"]["fc1"]
+    _tag_linear(layer.mlp.linear_fc1, ParameterTag(
+        "fc1", (f, h), {"gate": fc1, "up": fc1} if model.gated else {"fc1": fc1},
         partition_dim=0, blocks=2 if model.gated else 1,
     ))
-    _tag_linear(mlp.linear_fc2, ParameterTag("fc2", (h, model.ffn_size), {"fc2": std["fc2"]}, partition_dim=1))
+    _tag_linear(layer.mlp.linear_fc2, ParameterTag("fc2", (h, model.ffn_size), {"fc2": std["ffn"]["fc2"]}, partition_dim=1))
+
+
+def _tag_attention(attention: torch.nn.Module, shape: tuple[int, int], output_std: float) -> None:
+    for norm in (attention.q_layernorm, attention.k_layernorm):
+        if norm is not None:
+            tag_norm(norm)
+    _tag_linear(attention.linear_proj, ParameterTag(
+        "attention_output", shape, {"attention_output": output_std}, partition_dim=1,
+    ))
 
 
 def _tag_linear(linear: torch.nn.Module, weight: ParameterTag) -> None:

@@ -9,9 +9,8 @@ from megadsl.config import Config
 from megadsl.data.causal import open_datasets
 from megadsl.data.dataset import check_datasets
 from megadsl.data.sampler import MicroBatches
-from megadsl.model.decoder import decoder_entries
+from megadsl.model.family import define_model
 from megadsl.model.init import initialize
-from megadsl.model.loss import causal_loss
 from megadsl.model.stack import Stack
 from megadsl.monitor.probes import StreamProbes, residual_connections
 from megadsl.parallel.device import prepare_device
@@ -32,10 +31,12 @@ def measure_at_init(config: Config, plan: SignalPlan, num_seeds: int) -> list[St
     device = prepare_device(config.training.device)
     if not torch.distributed.is_initialized():
         initialize_groups(Launch.alone(), Topology(1, 1, 1), device)
-    stack = Stack(decoder_entries(config, plan, config.tokenizer.padded_vocab_size(tokenizer.vocab_size)), causal_loss)
+    definition = define_model(config, plan, config.tokenizer.padded_vocab_size(tokenizer.vocab_size))
+    stack = Stack(definition.entries, definition.loss)
     stack.to(device).train()
     modules = {entry.name: module for entry, module in stack.calls()}
-    watched = [modules["embedding.position"], *residual_connections(stack), modules["final_norm"]]
+    embedding = modules["encoder.embedding" if config.model.family == "encoder_decoder" else "embedding"]
+    watched = [embedding, *residual_connections(stack), modules["final_norm"]]
     reader = MicroBatches(
         open_datasets(config, tokenizer.sha256).train, consumed_samples=0, micro_batch_size=SEQUENCES,
         global_batch_size=SEQUENCES, num_samples=SEQUENCES,
@@ -44,7 +45,7 @@ def measure_at_init(config: Config, plan: SignalPlan, num_seeds: int) -> list[St
     with StreamProbes(stack, watched) as probes:
         for seed in range(config.training.seed, config.training.seed + num_seeds):
             initialize(stack.canonical_parameters(), seed, 0, 1)
-            stack(batch["tokens"], (batch["labels"], batch["loss_mask"])).backward()
+            stack(*definition.split(batch)).backward()
             stack.zero_grad()
     moments = probes.read()
     # The plan's gradients are in units of the gradient at the LM head's input, which the final norm puts out.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megadsl.model.residual import ResidualConnection
+from megadsl.model.stream import hidden_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,12 @@ class StreamProbes:
     def _on_output(self, index: int):
         return lambda module, arguments, output: self._observe(index, output)
 
-    def _observe(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _observe(self, index: int, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        hidden = hidden_of(output)
         self._forward[index] += _moments(hidden.detach())
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: _accumulate(self._gradient, index, gradient))
-        return hidden
+        return output
 
 
 def residual_connections(model: torch.nn.Module) -> list[ResidualConnection]:

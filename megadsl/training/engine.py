@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
+from megadsl.model.family import ModelDefinition
 from megadsl.model.init import decay_groups, initialize, tag_of
-from megadsl.model.loss import causal_loss
-from megadsl.model.stack import LayerEntry, Stack, build_pipeline
+from megadsl.model.stack import Stack, build_pipeline
 from megadsl.parallel.groups import DeepSpeedMpu, data_group, tensor_group
 from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Coordinate, Topology
@@ -40,15 +40,16 @@ class StepResult:
 class Engine:
     """A model under DeepSpeed. Make it after the process groups exist."""
 
-    def __init__(self, config: Config, entries: list[LayerEntry], topology: Topology, coordinate: Coordinate,
+    def __init__(self, config: Config, definition: ModelDefinition, topology: Topology, coordinate: Coordinate,
                  device: torch.device):
         self.config, self.topology, self.coordinate, self.device = config, topology, coordinate, device
+        self.definition = definition
         self.pipelined = topology.pipeline > 1
         self.accumulation = config.gradient_accumulation_steps(topology.world_size)
         if self.pipelined:
-            self.model = build_pipeline(entries, causal_loss, topology)
+            self.model = build_pipeline(definition.entries, definition.loss, topology)
         else:
-            self.model = Stack(entries, causal_loss)
+            self.model = Stack(definition.entries, definition.loss)
         initialize(self.model.canonical_parameters(), config.training.seed, coordinate.tensor, topology.tensor)
         self.model.register_forward_pre_hook(self._seed_forward)
         self._parameters = list(self.model.parameters())
@@ -75,7 +76,7 @@ class Engine:
         """One optimizer step over `accumulation` micro-batches of this rank.
 
         Args:
-            batches: yields {"tokens", "labels", "loss_mask"}, each [b, s], in the order of the sampler.
+            batches: yields the tensors of the model definition's inputs and targets by name, in the order of the sampler.
             iteration: counted from 0; seeds the dropout masks.
             lr: learning rate of this step.
         """
@@ -83,7 +84,7 @@ class Engine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         if self.pipelined:
-            loss = self.engine.train_batch(data_iter=_as_pipeline_inputs(batches))
+            loss = self.engine.train_batch(data_iter=map(self.definition.split, batches))
             self._norm = self._reported_norm()
         else:
             loss = self._train_plain(batches)
@@ -93,8 +94,7 @@ class Engine:
         self._switch_mode(training=True)
         total = torch.zeros((), device=self.device)
         for index in range(self.accumulation):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
-            loss = self.engine(batch["tokens"], (batch["labels"], batch["loss_mask"]))
+            loss = self.engine(*self._on_device(next(batches)))
             self.engine.backward(loss)
             total += loss.detach()
             if self._zero_stage == 0 and index == self.accumulation - 1:
@@ -105,6 +105,9 @@ class Engine:
         total /= self.accumulation
         dist.all_reduce(total, group=data_group())
         return total / self.topology.data
+
+    def _on_device(self, batch: Batch) -> tuple:
+        return self.definition.split({name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()})
 
     def _switch_mode(self, training: bool) -> None:
         # train() and eval() walk through every module, which is felt at a thousand layers.
@@ -135,12 +138,11 @@ class Engine:
     def evaluate(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Mean loss over `num_micro_batches` micro-batches of every data-parallel rank."""
         if self.pipelined:
-            return float(self.engine.eval_batch(_as_pipeline_inputs(batches), num_micro_batches=num_micro_batches))
+            return float(self.engine.eval_batch(map(self.definition.split, batches), num_micro_batches=num_micro_batches))
         self._switch_mode(training=False)
         total = torch.zeros((), device=self.device)
         for _ in range(num_micro_batches):
-            batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
-            total += self.engine(batch["tokens"], (batch["labels"], batch["loss_mask"]))
+            total += self.engine(*self._on_device(next(batches)))
         dist.all_reduce(total, group=data_group())
         return float(total / (num_micro_batches * self.topology.data))
 
@@ -172,8 +174,3 @@ class Engine:
         path, _ = self.engine.load_checkpoint(str(directory), tag="deepspeed", load_lr_scheduler_states=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {directory}")
-
-
-def _as_pipeline_inputs(batches: Iterator[Batch]) -> Iterator[tuple]:
-    for batch in batches:
-        yield batch["tokens"], (batch["labels"], batch["loss_mask"])

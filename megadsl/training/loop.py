@@ -18,7 +18,7 @@ from megadsl.config import Config, save_config
 from megadsl.data.causal import CausalDatasets, open_datasets
 from megadsl.data.sampler import MicroBatches
 from megadsl.errors import UserError
-from megadsl.model.decoder import decoder_entries
+from megadsl.model.family import define_model
 from megadsl.monitor.progress import LogRecord, Progress
 from megadsl.monitor.throughput import training_flops_per_token
 from megadsl.monitor.writer import MetricsWriter
@@ -78,7 +78,7 @@ class Run:
         )
         self.plan = ready.plan
         self.engine = Engine(
-            config, decoder_entries(config, self.plan, self.padded_vocab_size), topology, self.coordinate, device
+            config, define_model(config, self.plan, self.padded_vocab_size), topology, self.coordinate, device
         )
         if checkpoint:
             self.engine.load(checkpoint.path)

@@ -9,7 +9,6 @@ from megadsl.config.deepspeed import deepspeed_config
 from megadsl.data.dataset import check_datasets
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
-from megadsl.model.supported import check_trainable
 from megadsl.parallel.launch import Launch, discover_launch
 from megadsl.parallel.topology import Topology
 from megadsl.schemes.plan import SignalPlan
@@ -33,7 +32,6 @@ def preflight(config: Config) -> Preflight:
     Raises:
         UserError: the first thing that does not fit.
     """
-    check_trainable(config)
     launch = discover_launch()
     topology = Topology(
         config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size,

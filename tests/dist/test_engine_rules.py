@@ -13,7 +13,7 @@ from megadsl.errors import UserError
 
 
 def _make_engine(config: Config):
-    from megadsl.model.decoder import decoder_entries
+    from megadsl.model.family import define_model
     from megadsl.parallel.device import prepare_device
     from megadsl.parallel.groups import initialize_groups
     from megadsl.schemes.run import plan_for_run
@@ -24,8 +24,8 @@ def _make_engine(config: Config):
     ready = preflight(config)
     device = prepare_device("cpu")
     initialize_groups(ready.launch, ready.topology, device)
-    entries = decoder_entries(config, plan_for_run(config), 512)
-    return Engine(config, entries, ready.topology, ready.topology.coordinate(ready.launch.rank), device)
+    definition = define_model(config, plan_for_run(config), 512)
+    return Engine(config, definition, ready.topology, ready.topology.coordinate(ready.launch.rank), device)
 
 
 def _on_each(function, configs: list[Config], ports: list[int]) -> list:

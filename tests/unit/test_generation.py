@@ -5,15 +5,16 @@ import torch
 
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
-from megadsl.inference.generate import Sampling, generate, next_token_logits
+from megadsl.inference.generate import generate, next_token_logits
 from megadsl.inference.load import TrainedModel
+from megadsl.inference.sampling import Sampling
 
 
 @pytest.fixture
 def model(small_data, make_stack, tmp_path) -> TrainedModel:
     config = small_data.config(tmp_path, model={"num_query_groups": 2})
     stack, _ = make_stack(config)
-    return TrainedModel(config, stack.eval(), Tokenizer.load(small_data.tokenizer), torch.device("cpu"))
+    return TrainedModel(config, stack.definition, stack.eval(), Tokenizer.load(small_data.tokenizer), torch.device("cpu"))
 
 
 @torch.inference_mode()
@@ -55,16 +56,16 @@ def test_generation_is_repeatable_and_bounded(model):
     assert first == generate(model, "import ", 10, Sampling(seed=3), num_samples=2)
     assert first[0] != first[1]
     assert first != generate(model, "import ", 10, Sampling(seed=4), num_samples=2)
-    prompt = model.tokenizer.encode("import ")
-    text = generate(model, "import ", 10_000, Sampling(temperature=0))[0]
-    assert len(prompt) + len(model.tokenizer.encode(text)) <= 2 * model.config.model.seq_length
+    left = model.config.model.seq_length - len(model.tokenizer.encode("import "))
+    greedy = [generate(model, "import ", most, Sampling(temperature=0)) for most in (left - 1, left, 10_000)]
+    assert greedy[0] != greedy[1] == greedy[2]
     assert generate(model, "", 5, Sampling())[0] is not None
 
 
 def test_stops_at_end_of_document(model):
     with torch.no_grad():
         # A head that always answers end-of-document: its row is the final norm's constant output direction.
-        norm = next(call for entry, call in model.stack.calls() if entry.name == "final_norm")
+        norm = next(call for entry, call in model.stack.calls() if entry.name == "final_norm").layer
         norm.weight.zero_()
         norm.bias.copy_(torch.ones_like(norm.bias))
         word = next(call for entry, call in model.stack.calls() if entry.name == "embedding.word")

@@ -1,0 +1,131 @@
+"""Targets of an encoder-decoder: greedy, sampled, or by beam search.
+
+The source is encoded once; the decoder then runs with a key/value cache. A source text may hold the tokenizer's own marks
+<extra_id_0>, <extra_id_1>, ... (span corruption) or <mask> (infilling) where the model shall fill in.
+Shape letters: b beams or samples, s source length, v vocabulary.
+"""
+
+import re
+
+import torch
+
+from megadsl.data.tokenizer import MASK_PIECE, SENTINEL_PIECE, Tokenizer
+from megadsl.errors import UserError
+from megadsl.inference.generate import run_cached, sample
+from megadsl.inference.load import TrainedModel
+from megadsl.inference.sampling import Sampling
+from megadsl.model.cache import KeyValueCache
+
+
+class Decoding:
+    """One encoded source, and the logits of what may follow it."""
+
+    def __init__(self, model: TrainedModel, source: list[int], num_rows: int):
+        calls = model.stack.calls()
+        bridge = next(index for index, (entry, _) in enumerate(calls) if entry.name == "bridge")
+        self._bridge, self._decoder = calls[bridge][1], calls[bridge + 1:]
+        value = (torch.tensor([source] * num_rows, device=model.device), torch.zeros(num_rows, 1, dtype=torch.long, device=model.device))
+        if "source_segments" in model.definition.inputs:
+            value = (*value, torch.ones_like(value[0]))
+        for _, call in calls[:bridge]:
+            value = call(value)
+        # The relative bias of the encoder, where there is one, is dropped by the bridge; target tokens come step by step.
+        self._memory, self._rest, self.device = value[0], value[2:], model.device
+        self.cache = KeyValueCache(num_rows, model.config.model.target_length)
+
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [b, 1] -> logits [b, v]."""
+        hidden, *context = self._bridge((self._memory, tokens, *self._rest))
+        return run_cached(self._decoder, (hidden, *context), self.cache, tokens.size(1))
+
+
+@torch.inference_mode()
+def generate_target(model: TrainedModel, prompt: str, max_new_tokens: int, sampling: Sampling, num_samples: int = 1,
+                    num_beams: int = 1) -> list[str]:
+    """Targets for the source `prompt`, each ended by end-of-sentence, max_new_tokens or the model's decoder_seq_length.
+
+    With num_beams > 1, the num_samples likeliest targets that beam search finds (mean log-probability per token).
+
+    Raises:
+        UserError: the source does not fit into model.seq_length, or a number is out of range.
+    """
+    if max_new_tokens < 1 or num_samples < 1 or num_beams < 1:
+        raise UserError("--max-new-tokens, --num-samples and --num-beams must be at least 1.")
+    if num_beams > 1 and num_samples > num_beams:
+        raise UserError(f"--num-samples {num_samples} is more than --num-beams {num_beams} can give; raise --num-beams.")
+    tokenizer, shape = model.tokenizer, model.config.model
+    source = [*encode_marked(tokenizer, prompt), tokenizer.eos]
+    if len(source) > shape.seq_length:
+        raise UserError(
+            f"The source has {len(source)} tokens, but the encoder reads {shape.seq_length} (model.seq_length); shorten the prompt."
+        )
+    steps = min(max_new_tokens, shape.target_length)
+    if num_beams > 1:
+        decoding = Decoding(model, source, num_beams)
+        rows = beam_search(decoding, tokenizer.bos, tokenizer.eos, tokenizer.vocab_size, steps, num_beams)[:num_samples]
+    else:
+        start = torch.full((num_samples, 1), tokenizer.bos, device=model.device)
+        rows = sample(Decoding(model, source, num_samples).next_logits, start, steps, sampling, tokenizer.eos,
+                      tokenizer.vocab_size)
+    return [decode_marked(tokenizer, row) for row in rows]
+
+
+def beam_search(decoding: Decoding, start: int, end: int, vocab_size: int, steps: int, num_beams: int) -> list[list[int]]:
+    """The likeliest targets found, best first, by mean log-probability per token (the end counted as one)."""
+    device = decoding.device
+    tokens = torch.full((num_beams, 1), start, device=device)
+    # All beams start equal: only the first may branch.
+    scores = torch.full((num_beams,), -torch.inf, device=device)
+    scores[0] = 0.0
+    rows: list[list[int]] = [[] for _ in range(num_beams)]
+    finished: list[tuple[float, list[int]]] = []
+    for step in range(1, steps + 1):
+        log_probability = decoding.next_logits(tokens)[:, :vocab_size].float().log_softmax(dim=-1)
+        best, flat = (scores[:, None] + log_probability).flatten().topk(2 * num_beams)
+        kept = []
+        for score, index in zip(best.tolist(), flat.tolist(), strict=True):
+            beam, token = divmod(index, vocab_size)
+            if token == end:
+                finished.append((score / step, rows[beam]))
+            elif len(kept) < num_beams:
+                kept.append((score, beam, token))
+        finished = sorted(finished, key=lambda pair: -pair[0])[:num_beams]
+        # A beam can only lose probability; its mean may still rise, so the bound is its score over the longest length.
+        if len(finished) == num_beams and finished[-1][0] >= kept[0][0] / steps:
+            break
+        rows = [[*rows[beam], token] for _, beam, token in kept]
+        scores = torch.tensor([score for score, _, _ in kept], device=device)
+        decoding.cache.swap_key_value_dict(torch.tensor([beam for _, beam, _ in kept], device=device))
+        tokens = torch.tensor([[token] for _, _, token in kept], device=device)
+    else:
+        finished += [(float(score) / steps, row) for score, row in zip(scores, rows, strict=True)]
+    return [row for _, row in sorted(finished, key=lambda pair: -pair[0])[:num_beams]]
+
+
+def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text in which <mask> and <extra_id_N> stand for themselves."""
+    ids: list[int] = []
+    for part in re.split(rf"({MASK_PIECE}|{SENTINEL_PIECE.format('[0-9]+')})", text):
+        if part == MASK_PIECE:
+            ids.append(tokenizer.mask)
+        elif re.fullmatch(SENTINEL_PIECE.format("[0-9]+"), part):
+            sentinels, number = tokenizer.additional_special_tokens_ids, int(part[len("<extra_id_"):-1])
+            if number >= len(sentinels):
+                raise UserError(f"The tokenizer has {len(sentinels)} sentinels, so {part} is none; count them from 0.")
+            ids.append(sentinels[number])
+        else:
+            ids += tokenizer.encode(part)
+    return ids
+
+
+def decode_marked(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Text of `ids` in which sentinels are written as their pieces."""
+    names = {index: SENTINEL_PIECE.format(number) for number, index in enumerate(tokenizer.additional_special_tokens_ids)}
+    parts, plain = [], []
+    for index in ids:
+        if index in names:
+            parts += [tokenizer.decode(plain), names[index]]
+            plain = []
+        else:
+            plain.append(index)
+    return "".join([*parts, tokenizer.decode(plain)])
