@@ -1,4 +1,4 @@
-"""`megadsl data preprocess` under the name that Megatron users look for: text or a corpus folder -> Megatron's mmap files."""
+"""`megadsl data preprocess` under the name that Megatron users look for: text or a corpus folder -> Megatron's mmap files (mpirun -n N too)."""
 
 import sys
 

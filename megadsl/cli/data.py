@@ -5,6 +5,8 @@ from pathlib import Path
 
 import typer
 
+from megadsl.parallel.launch import launched_rank
+
 app = typer.Typer(help="Make a corpus and a training dataset, and look at its token statistics.", no_args_is_help=True)
 
 
@@ -42,13 +44,15 @@ def preprocess(
     corpus: Path = typer.Option(..., help="corpus folder (or any source of megadsl data corpus)"),
     tokenizer: Path = typer.Option(..., help="SentencePiece .model file"),
     output: Path = typer.Option(..., help="dataset folder to write"),
-    workers: int = typer.Option(None, min=1, help="processes (default: all cores); the result does not depend on it"),
+    workers: int = typer.Option(None, min=1, help="processes (default: all cores, or mpirun's ranks); the result does not depend on it"),
     seq_length: int = typer.Option(128, min=2, help="sequence length that stats.json is measured at"),
 ) -> None:
-    """Encode a corpus into Megatron's mmap format."""
+    """Encode a corpus into Megatron's mmap format; under mpirun (or srun --mpi=pmi2) on all ranks, across nodes."""
     from megadsl.data.preprocess import preprocess as make_dataset
 
     manifest, reused = make_dataset(corpus, tokenizer, output, workers=workers, seq_length=seq_length)
+    if launched_rank():
+        return
     typer.echo(f"{output}/dataset.json: {_made(reused)}, tokenizer {manifest['tokenizer_sha256'][:12]}, {manifest['dtype']}")
     for split, counts in manifest["splits"].items():
         typer.echo(f"  {split:<10} {counts['documents']:>9} documents {counts['tokens']:>12} tokens")

@@ -66,10 +66,14 @@ def load_corpus(folder: Path) -> dict:
 
 def read_split(folder: Path, split: str) -> Iterator[str]:
     """The documents of one split, in their fixed order."""
+    return (json.loads(line)["text"] for line in read_lines(folder, split))
+
+
+def read_lines(folder: Path, split: str) -> Iterator[str]:
+    """The lines of one split, {"source": ..., "text": ...} each."""
     with (folder / _file_name(split)).open("rb") as raw:
         stream = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw), encoding="utf-8", newline="\n")
-        for line in stream:
-            yield json.loads(line)["text"]
+        yield from stream
 
 
 def split_of(digest: bytes, fractions: tuple[float, ...]) -> str:

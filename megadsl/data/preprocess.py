@@ -1,35 +1,48 @@
-"""Corpus -> Megatron's mmap dataset, on several processes.
+"""Corpus -> Megatron's mmap dataset, on several processes or, under mpirun or srun, on the ranks of MPI on several nodes.
 
-Documents are encoded in batches that do not depend on the number of workers and written in their order, so the bytes are
-the same for any number. `encode_batch` (texts -> ids) and `write_documents` (ids -> .bin/.idx) know nothing of processes.
+Documents are written in their order whoever encoded them, so the bytes are the same for any number of workers or ranks.
+`encode_batch` (texts -> ids) and `write_documents` (ids -> .bin/.idx) know nothing of processes. Under MPI a rank encodes every
+size-th shard (a stretch of lines of the corpus) into a file of its own, which outlives a kill; the first one joins them.
 Megatron is imported where it is used: it takes 4 s, and neither a mistake nor a dataset that is already there needs it.
 """
 
+import json
 import os
 import shutil
+import socket
+import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 import megadsl
-from megadsl.data.corpus import SPLITS, build_corpus, load_corpus, read_split
+from megadsl.data.corpus import SPLITS, build_corpus, load_corpus, read_lines, read_split
 from megadsl.data.dataset import FORMAT, MANIFEST, STATISTICS, TOKENIZER
 from megadsl.data.manifest import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
 from megadsl.data.progress import progress
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
+from megadsl.parallel.launch import mpi_world
 
 _BATCH_CHARS = 500_000
 # Batches under way per worker: enough to keep all busy, few enough that a large corpus never piles up in memory.
 _BATCHES_AHEAD = 3
+# Under MPI: bytes of corpus lines a shard; more where that would make more files than this. Neither depends on the ranks.
+_SHARD_BYTES = 1_000_000
+_MAX_SHARDS = 4096
+_FAILED = 1  # tag of the message "I have failed, stop"
 _RECORDED_LIBRARIES = ("megatron-core", "sentencepiece", "numpy")
 
 
@@ -40,31 +53,91 @@ def preprocess(
 
     `corpus` is a corpus folder, or any source of `megadsl data corpus`, which then goes through `output`/corpus.
     """
+    world = mpi_world()
+    if world and workers:
+        raise UserError(f"--workers {workers} is for one process; under mpirun every one of the {world.size} ranks is a worker.")
+    job = _on_first_rank(world, partial(_prepare, corpus, tokenizer_model, output))
+    if world and not job.reused:
+        _write_shards(world, job)
+    return _on_first_rank(world, partial(_finish, job, world is not None, workers, seq_length))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A dataset to be made. `reused`: the dataset.json of an equal one that is there."""
+
+    corpus: Path
+    source: dict
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: type | None
+    output: Path
+    inputs_hash: str
+    reused: dict | None
+
+    @property
+    def shards(self) -> Path:
+        """Folder of the shards. What they are made from is in its name, so that no others are ever taken for them."""
+        return self.output / f".shards-{self.inputs_hash[:16]}"
+
+    def documents_per_shard(self, split: str) -> int:
+        counts = self.source["splits"][split]
+        return max(1, counts["documents"] * _SHARD_BYTES // max(1, counts["text_bytes"]), -(-counts["documents"] // _MAX_SHARDS))
+
+    def shard_names(self, split: str) -> list[str]:
+        number = -(-self.source["splits"][split]["documents"] // self.documents_per_shard(split))
+        return [f"{split}-{index:04d}.npz" for index in range(number)]
+
+    def finished_shards(self) -> set[str]:
+        self.shards.mkdir(exist_ok=True)
+        return {path.name for path in self.shards.glob("[!.]*.npz")}
+
+    def encoder(self) -> Callable[[list[str]], tuple[np.ndarray, list[int]]]:
+        return partial(encode_batch, str(self.output / TOKENIZER), self.tokenizer_sha256, self.dtype)
+
+
+def _prepare(corpus: Path, tokenizer_model: Path, output: Path) -> _Job:
     tokenizer = Tokenizer.load(tokenizer_model)
     corpus = _corpus_folder(corpus, output)
     source = load_corpus(corpus)
     inputs = fingerprint([FORMAT, source["content_hash"], tokenizer.sha256])
     earlier = read_json(output / MANIFEST)
     reused = bool(earlier) and earlier.get("inputs_hash") == inputs and sizes_match(output, earlier["file_bytes"])
-    if reused:
-        manifest = earlier
-    else:
+    if not reused:
         if not source["splits"]["train"]["documents"]:
             raise UserError(f"The train split of {corpus} is empty; make the corpus from more text.")
         make_folder(output)
         (output / MANIFEST).unlink(missing_ok=True)
         with written_atomically(output / TOKENIZER) as temporary:
             shutil.copyfile(tokenizer_model, temporary)
-        manifest = {"format": FORMAT, "inputs_hash": inputs, "corpus_hash": source["content_hash"], "sources": source["sources"]}
-        manifest |= _write_dataset(corpus, source, tokenizer, output, workers or len(os.sched_getaffinity(0)))
+    return _Job(
+        corpus, source, tokenizer.sha256, tokenizer.vocab_size, None if reused else _dtype(tokenizer.vocab_size), output, inputs,
+        earlier if reused else None,
+    )
+
+
+def _dtype(vocab_size: int) -> type:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    return DType.optimal_dtype(vocab_size)
+
+
+def _finish(job: _Job, sharded: bool, workers: int | None, seq_length: int) -> tuple[dict, bool]:
+    manifest, output = job.reused, job.output
+    if not manifest:
+        manifest = {
+            "format": FORMAT, "inputs_hash": job.inputs_hash, "corpus_hash": job.source["content_hash"], "sources": job.source["sources"],
+        }
+        manifest |= _write_dataset(job, sharded, workers or len(os.sched_getaffinity(0)))
     earlier_statistics = read_json(output / STATISTICS)
-    if not reused or not earlier_statistics or earlier_statistics.get("seq_length") != seq_length:
+    if not job.reused or not earlier_statistics or earlier_statistics.get("seq_length") != seq_length:
         from megadsl.data.statistics import token_statistics
 
         write_json(output / STATISTICS, token_statistics(output, manifest, seq_length))
-    if not reused:
+    if not job.reused:
         write_json(output / MANIFEST, manifest)
-    return manifest, reused
+        shutil.rmtree(job.shards, ignore_errors=True)
+    return manifest, job.reused is not None
 
 
 def encode_batch(tokenizer_model: str, sha256: str, dtype: type, texts: list[str]) -> tuple[np.ndarray, list[int]]:
@@ -103,32 +176,141 @@ def _corpus_folder(corpus: Path, output: Path) -> Path:
     return output / "corpus"
 
 
-def _write_dataset(corpus: Path, source: dict, tokenizer: Tokenizer, output: Path, workers: int) -> dict:
-    from megatron.core.datasets.indexed_dataset import DType
-
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    documents = {split: source["splits"][split]["documents"] for split in SPLITS}
+def _write_dataset(job: _Job, sharded: bool, workers: int) -> dict:
+    source, output = job.source["splits"], job.output
+    documents = {split: source[split]["documents"] for split in SPLITS}
     splits, file_bytes = {}, {}
     with ExitStack() as stack:
-        encode = partial(encode_batch, str(output / TOKENIZER), tokenizer.sha256, dtype)
-        run = stack.enter_context(_ordered_map(workers))
-        advance = stack.enter_context(progress(f"dataset: {sum(documents.values())} documents", sum(documents.values())))
+        run = None if sharded else stack.enter_context(_ordered_map(workers))
+        verb = "joining " if sharded else ""
+        advance = stack.enter_context(progress(f"dataset: {verb}{sum(documents.values())} documents", sum(documents.values())))
         for split in SPLITS:
             files = [output / f"{split}.bin", output / f"{split}.idx"]
-            splits[split] = {"documents": 0, "tokens": 0, "text_bytes": source["splits"][split]["text_bytes"]}
+            splits[split] = {"documents": 0, "tokens": 0, "text_bytes": source[split]["text_bytes"]}
             if documents[split]:
-                batches = run(encode, _batches(read_split(corpus, split)))
-                splits[split] |= write_documents(batches, output / split, dtype, advance)
+                batches = _read_shards(job, split) if sharded else run(job.encoder(), _batches(read_split(job.corpus, split)))
+                splits[split] |= write_documents(batches, output / split, job.dtype, advance)
                 file_bytes |= {file.name: file.stat().st_size for file in files}
             else:
                 # Megatron cannot map an empty file.
                 for file in files:
                     file.unlink(missing_ok=True)
     return {
-        "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "dtype": np.dtype(dtype).name,
+        "tokenizer_sha256": job.tokenizer_sha256, "vocab_size": job.vocab_size, "dtype": np.dtype(job.dtype).name,
         "splits": splits, "file_bytes": file_bytes,
         "versions": {"megadsl": megadsl.__version__, **{name: version(name) for name in _RECORDED_LIBRARIES}},
     }
+
+
+def _on_first_rank(world, work: Callable):
+    """work() on one rank; all ranks get its result or its error. Without MPI: work()."""
+    if world is None:
+        return work()
+    outcome = None
+    if world.rank == 0:
+        with _bugs_end_all(world):
+            try:
+                outcome = work(), None
+            except (UserError, OSError) as error:
+                outcome = None, str(error)
+    _wait_for_all(world)
+    result, error = world.bcast(outcome, root=0)
+    if error:
+        raise UserError(error)
+    return result
+
+
+def _nothing() -> None:
+    """What the ranks show that show nothing."""
+
+
+def _write_shards(world, job: _Job) -> None:
+    """Encode the shards that are not there yet, every rank its part; ends on all ranks together.
+
+    Raises:
+        UserError: on every rank, where one has failed; the sentence names it.
+    """
+    done = _on_first_rank(world, job.finished_shards)
+    missing = [name for split in SPLITS for name in job.shard_names(split) if name not in done]
+    mine, error = set(missing[world.rank::world.size]), None
+    with ExitStack() as stack:
+        show = _nothing
+        if world.rank == 0:
+            kept = f" ({len(done)} are there)" if done else ""
+            advance = stack.enter_context(progress(f"dataset: {len(missing)} shards on {world.size} ranks{kept}", len(missing)))
+            shown, due = len(done), time.monotonic()
+
+            def show() -> None:
+                nonlocal shown, due
+                # Not after every shard: to list a shared folder is not free.
+                if time.monotonic() >= due:
+                    now, due = len(job.finished_shards()), time.monotonic() + 1
+                    advance(now - shown)
+                    shown = now
+
+        stack.enter_context(_bugs_end_all(world))
+        try:
+            for _ in _encode_shards(job, mine):
+                show()
+                if world.iprobe(tag=_FAILED):
+                    break
+        except (UserError, OSError) as failure:
+            error = f"rank {world.rank} on {socket.gethostname()}: {failure}"
+            for other in set(range(world.size)) - {world.rank}:
+                world.isend(None, other, tag=_FAILED)
+        _wait_for_all(world, show)
+    while world.iprobe(tag=_FAILED):
+        world.recv(tag=_FAILED)
+    errors = [error for error in world.allgather(error) if error]
+    if errors:
+        raise UserError(f"{errors[0]} (Finished shards are kept: the same command goes on from them.)")
+
+
+def _encode_shards(job: _Job, mine: set[str]) -> Iterator[str]:
+    """Write the shards named in `mine`, in the order of the corpus; yields the name of each."""
+    for split in SPLITS:
+        lines = read_lines(job.corpus, split) if job.source["splits"][split]["documents"] else ()
+        for name, shard in zip(job.shard_names(split), _groups(lines, job.documents_per_shard(split)), strict=True):
+            if name in mine:
+                batches = list(map(job.encoder(), _batches(json.loads(line)["text"] for line in shard)))
+                with written_atomically(job.shards / name) as temporary, temporary.open("wb") as file:
+                    np.savez(file, ids=np.concatenate([ids for ids, _ in batches]), lengths=np.concatenate([n for _, n in batches]))
+                yield name
+
+
+def _read_shards(job: _Job, split: str) -> Iterator[tuple[np.ndarray, list[int]]]:
+    for name in job.shard_names(split):
+        try:
+            with np.load(job.shards / name) as shard:
+                ids, lengths = shard["ids"], shard["lengths"].tolist()
+        except (BadZipFile, ValueError, EOFError, KeyError) as error:
+            (job.shards / name).unlink()
+            raise UserError(f"The shard {job.shards / name} was damaged ({error}) and has been removed; run the command again.") from error
+        yield ids, lengths
+
+
+def _groups(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    lines = iter(lines)
+    while group := list(islice(lines, size)):
+        yield group
+
+
+def _wait_for_all(world, meanwhile: Callable[[], None] = _nothing) -> None:
+    """A barrier that leaves the core to those who work: MPI's own would spin."""
+    everyone = world.Ibarrier()
+    while not everyone.Test():
+        time.sleep(0.05)
+        meanwhile()
+
+
+@contextmanager
+def _bugs_end_all(world) -> Iterator[None]:
+    """An exception that is nobody's mistake but ours ends every rank: the others would wait for this one for ever."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        world.Abort(1)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

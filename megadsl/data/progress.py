@@ -1,4 +1,4 @@
-"""Progress of a long data job: a bar on a terminal, one plain line at the end in a log."""
+"""Progress of a long data job: a bar on a terminal; in a log a plain line every half minute and one at the end."""
 
 import sys
 import time
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_LOG_SECONDS = 30
 
 
 @contextmanager
@@ -20,5 +22,13 @@ def progress(description: str, total: float) -> Iterator[Callable[[float], None]
             task = bars.add_task(description, total=total)
             yield lambda amount: bars.advance(task, amount)
     else:
-        yield lambda amount: None
+        shown = {"at": start, "amount": 0.0}
+
+        def advance(amount: float) -> None:
+            shown["amount"] += amount
+            if time.monotonic() - shown["at"] > _LOG_SECONDS:
+                shown["at"] = time.monotonic()
+                print(f"{description}: {shown['amount'] / total:.0%}", file=sys.stderr, flush=True)
+
+        yield advance
     print(f"{description}: done in {time.monotonic() - start:.1f} s", file=sys.stderr)
