@@ -104,7 +104,7 @@ class RelativePositions(RelativePositionEmbedding):
         """`offset` tokens before hidden[0] are cached; the bias is then [1, n/p, s, offset + s]."""
         hidden, context = unpack(value, self.names)
         length = offset + hidden.size(0)
-        bias = super().forward(length, length)[:, :, offset:]
+        bias = super().forward(length, length)[:, :, offset:].contiguous()
         return pack(hidden, {**context, "position_bias": bias})
 
 
