@@ -28,12 +28,14 @@ class ModelDefinition:
         inputs: names of the batch's tensors that go into the first entry, in order.
         targets: names of those that the loss wants.
         loss: (output of the last entry, targets) -> mean loss of a micro-batch.
+        role_factors: the plan's, on the optimizer's numbers by parameter role.
     """
 
     entries: list[LayerEntry]
     inputs: tuple[str, ...]
     targets: tuple[str, ...]
     loss: Callable
+    role_factors: dict[str, dict[str, float]]
 
     def split(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor | tuple, tuple]:
         """(inputs, targets) of a batch; a single input is a tensor, several are a tuple."""
@@ -47,4 +49,5 @@ def define_model(config: Config, plan: SignalPlan, padded_vocab_size: int) -> Mo
     inputs = tuple(key for key in keys if key not in _TARGETS)
     targets = tuple(key for key in keys if key in _TARGETS)
     entries = _ENTRIES[config.model.family](Blueprint(config, plan, padded_vocab_size), inputs[1:])
-    return ModelDefinition(entries, inputs, targets, masked_and_order_loss if "sentence_order" in targets else language_model_loss)
+    loss = masked_and_order_loss if "sentence_order" in targets else language_model_loss
+    return ModelDefinition(entries, inputs, targets, loss, plan.role_factors)

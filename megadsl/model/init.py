@@ -7,19 +7,13 @@ layout starts from bit-equal weights. The same tags serve the optimizer (which r
 Shape letters: h hidden, n heads, g query groups, d head size, f FFN size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from megadsl.parallel.rng import seed_from
-
-# Weight decay pulls matrices towards zero; on norms, biases and embeddings the field does without it.
-DECAYED_ROLES = frozenset({
-    "query_key_value", "query", "key_value", "attention_output", "fc1", "fc2", "output_head", "head_dense",
-})
-
 
 @dataclass(frozen=True)
 class ParameterTag:
@@ -117,14 +111,6 @@ def initialize(parameters: Iterable[tuple[str, torch.nn.Parameter]], seed: int, 
     for name, parameter in parameters:
         value = tag_of(name, parameter)
         parameter.copy_(value.shard(value.draw(seed, name), tensor_rank, tensor_size))
-
-
-def decay_groups(parameters: Iterator[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:
-    """AdamW parameter groups: matrices with decay, everything else without."""
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, parameter in parameters:
-        groups[0 if tag_of(name, parameter).role in DECAYED_ROLES else 1]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
 
 
 def _normal(shape: tuple[int, ...], std: float, seed: int, name: str, role: str) -> torch.Tensor:

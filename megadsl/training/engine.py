@@ -15,12 +15,12 @@ import torch.distributed as dist
 from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
 from megadsl.model.family import ModelDefinition
-from megadsl.model.init import decay_groups, initialize, tag_of
+from megadsl.model.init import initialize, tag_of
 from megadsl.model.stack import Stack, build_pipeline
 from megadsl.parallel.groups import DeepSpeedMpu, data_group, tensor_group
 from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Coordinate, Topology
-from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm
+from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm, parameter_groups
 
 Batch = dict[str, torch.Tensor]
 
@@ -63,8 +63,8 @@ class Engine:
 
         options = self.config.optimizer
         optimizer = GuardedAdamW(
-            decay_groups(self.model.canonical_parameters(), options.weight_decay), self._gradients_are_finite,
-            lr=options.lr, betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_eps,
+            parameter_groups(self.model.canonical_parameters(), options, self.definition.role_factors),
+            self._gradients_are_finite, lr=options.lr, betas=(options.adam_beta1, options.adam_beta2),
         )
         engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, mpu=None if self.pipelined else DeepSpeedMpu(),
@@ -82,7 +82,7 @@ class Engine:
         """
         self._forwards = iteration * self.accumulation
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         if self.pipelined:
             loss = self.engine.train_batch(data_iter=map(self.definition.split, batches))
             self._norm = self._reported_norm()

@@ -1,9 +1,35 @@
-"""The client optimizer given to DeepSpeed, and the gradient norm where DeepSpeed does not report one (ZeRO 0)."""
+"""The client optimizer given to DeepSpeed, its parameter groups, and the gradient norm where DeepSpeed does not report one
+(ZeRO 0)."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+
+from megadsl.config.training import OptimizerConfig
+from megadsl.model.init import tag_of
+
+# Weight decay pulls matrices towards zero; on norms, biases and embeddings the field does without it.
+DECAYED_ROLES = frozenset({
+    "query_key_value", "query", "key_value", "attention_output", "fc1", "fc2", "output_head", "head_dense",
+})
+
+
+def parameter_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], options: OptimizerConfig,
+                     role_factors: dict[str, dict[str, float]]) -> list[dict]:
+    """AdamW groups of (canonical name, parameter) pairs: decayed and not, with the plan's factors by role.
+
+    `lr_factor` of a group multiplies the scheduled learning rate (the engine sets `lr` before every step).
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in parameters:
+        role = tag_of(name, parameter).role
+        factors = role_factors.get(role, {})
+        decay = options.weight_decay * factors.get("weight_decay", 1.0) if role in DECAYED_ROLES else 0.0
+        key = decay, options.adam_eps * factors.get("eps", 1.0), factors.get("lr", 1.0)
+        group = groups.setdefault(key, {"params": [], **dict(zip(("weight_decay", "eps", "lr_factor"), key, strict=True))})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 class GuardedAdamW(torch.optim.AdamW):

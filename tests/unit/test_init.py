@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from megadsl.model.init import ParameterTag, decay_groups, initialize, tag, tag_of
+from megadsl.config.training import OptimizerConfig
+from megadsl.model.init import ParameterTag, initialize, tag, tag_of
+from megadsl.training.optimizer import parameter_groups
 
 TAGS = {
     "column": ParameterTag("fc1", (96, 32), {"fc1": 0.3}, partition_dim=0),
@@ -54,7 +56,7 @@ def test_untagged_parameter_raises():
         tag_of("some.name", parameter)
 
 
-def test_initialize_and_decay_groups():
+def test_initialize_and_parameter_groups():
     parameters = []
     for name, value in TAGS.items():
         parameter = torch.nn.Parameter(torch.full(value.full_shape, float("nan")))
@@ -64,6 +66,22 @@ def test_initialize_and_decay_groups():
     initialize(parameters, seed=5, tensor_rank=0, tensor_size=1)
     for name, parameter in parameters:
         assert torch.equal(parameter.detach(), TAGS[name].draw(5, name))
-    decayed, free = decay_groups(iter(parameters), 0.1)
+    options = OptimizerConfig(weight_decay=0.1)
+    decayed, free = parameter_groups(parameters, options, {})
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert all(group["lr_factor"] == 1 and group["eps"] == options.adam_eps for group in (decayed, free))
     assert {id(p) for p in free["params"]} == {id(p) for name, p in parameters if name in ("replicated", "constant")}
+
+
+def test_the_plans_factors_reach_the_optimizer():
+    parameters = []
+    for name, value in TAGS.items():
+        parameter = torch.nn.Parameter(torch.zeros(value.full_shape))
+        tag(parameter, value)
+        parameters.append((name, parameter))
+    chosen = parameters[0][0]
+    role = TAGS[chosen].role
+    groups = parameter_groups(parameters, OptimizerConfig(weight_decay=0.1), {role: {"lr": 0.25, "eps": 0.5, "weight_decay": 4.0}})
+    [group] = [group for group in groups if any(p is parameters[0][1] for p in group["params"])]
+    assert (group["lr_factor"], group["eps"], group["weight_decay"]) == (0.25, 0.5e-8, 0.4)
+    assert all(other["lr_factor"] == 1 for other in groups if other is not group)
