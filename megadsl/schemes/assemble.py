@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megadsl.config.model import ModelConfig
-from megadsl.schemes.plan import EmbeddingPlan, Gate, HeadPlan, NormPosition, SignalPlan, StreamPrediction, SublayerPlan
+from megadsl.schemes.plan import (
+    ATTENTION_ROLES, FFN_ROLES, EmbeddingPlan, Gate, HeadPlan, Kind, NormPosition, SignalPlan, Stack, StreamPrediction, SublayerPlan,
+)
 from megadsl.theory.inputs import TokenStatistics
 from megadsl.theory.profile import DepthProfile, propagate
 from megadsl.theory.shape import Embedding, Head, ModelShape, Sublayer
@@ -26,18 +28,23 @@ def model_shape(model: ModelConfig, norm_position: NormPosition | None = None) -
     )
 
 
-def additions(model: ModelConfig) -> Iterator[tuple[str, int, str]]:
+def additions(model: ModelConfig) -> Iterator[tuple[Stack, int, Kind]]:
     """(stack, layer, kind) of every residual addition in forward order."""
     if model.family in ("encoder", "encoder_decoder"):
         for layer in range(model.num_layers):
             yield "encoder", layer, "self_attention"
             yield "encoder", layer, "ffn"
     if model.family in ("decoder", "encoder_decoder"):
-        for layer in range(model.decoder_layers if model.family == "encoder_decoder" else model.num_layers):
+        for layer in range(stack_layers(model, "decoder")):
             yield "decoder", layer, "self_attention"
             if model.family == "encoder_decoder":
                 yield "decoder", layer, "cross_attention"
             yield "decoder", layer, "ffn"
+
+
+def stack_layers(model: ModelConfig, stack: Stack) -> int:
+    """Layers of one stack."""
+    return model.decoder_layers if stack == "decoder" and model.family == "encoder_decoder" else model.num_layers
 
 
 def num_additions(model: ModelConfig) -> dict[str, int]:
@@ -61,6 +68,11 @@ def head_plan(model: ModelConfig, hidden_scale: float, output_std: float, dense_
     if model.untie_embeddings_and_output_weights:
         stds["output_head"] = output_std
     return HeadPlan(hidden_scale, stds)
+
+
+def equal_stds(kind: Kind, std: float) -> dict[str, float]:
+    """The same std for all matrices of a branch."""
+    return dict.fromkeys(FFN_ROLES if kind == "ffn" else ATTENTION_ROLES, std)
 
 
 def glorot(fan_in: int, fan_out: int) -> float:

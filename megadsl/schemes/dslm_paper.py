@@ -1,5 +1,7 @@
 """`dslm_paper`: the recipe as released with arXiv 2403.09635, for comparison with `dslm`.
 
+as `dslm`, but value and attention_output from 1 / r, r from r_0 = .221, and both FFN matrices of std^2 = sqrt((1 - p) / 2) / d
+
 Where it differs: value and attention_output follow the *r-rule* kappa_v kappa_o = (1 - p) / r, from a scalar recursion of r that
 starts at r0 = 0.221 whatever the data and takes every branch to be bidirectional, ReLU and of unit variance; both FFN matrices
 have std^2 = sqrt((1 - p) / 2) / d (right for ReLU and d_f = 4d; for other widths the symmetric choice sqrt(2 (1 - p) / (d d_f))).

@@ -1,15 +1,45 @@
 """Schemes by name. A new one is a file with `draft(model, scheme, vocab_size) -> Draft` and a line here."""
 
 import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.errors import UserError
-from megadsl.schemes import dslm, dslm_paper, vanilla, xavier
+from megadsl.schemes import completep, deepnorm, dslm, dslm_paper, keel, layernorm_scaling, layerscale, rezero, vanilla, xavier
 from megadsl.schemes.assemble import Draft, assemble
 from megadsl.schemes.plan import SignalPlan
 from megadsl.theory.inputs import TokenStatistics, zipf
 
-SCHEMES = {"dslm": dslm.draft, "dslm_paper": dslm_paper.draft, "vanilla": vanilla.draft, "xavier": xavier.draft}
+
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme and the model.norm_position that it goes with (None: either)."""
+
+    draft: Callable[[ModelConfig, SchemeConfig, int], Draft]
+    norm_position: str | None = None
+
+    @property
+    def description(self) -> tuple[str, str]:
+        """(what it is and where it is from, formula): the first two paragraphs of its file's docstring."""
+        what, formula, *_ = sys.modules[self.draft.__module__].__doc__.split("\n\n")
+        return " ".join(what.partition(": ")[2].split()), " ".join(formula.split())
+
+
+SCHEMES = {
+    "dslm": Scheme(dslm.draft),
+    "dslm_paper": Scheme(dslm_paper.draft),
+    "vanilla": Scheme(vanilla.draft),
+    "xavier": Scheme(xavier.draft),
+    "deepnorm": Scheme(deepnorm.draft, "post"),
+    "keel": Scheme(keel.draft, "post"),
+    "layernorm_scaling": Scheme(layernorm_scaling.draft, "pre"),
+    "completep": Scheme(completep.completep, "pre"),
+    "depth_mup": Scheme(completep.depth_mup, "pre"),
+    "layerscale": Scheme(layerscale.draft, "pre"),
+    "rezero": Scheme(rezero.draft, "pre"),
+}
 
 
 def build_plan(model: ModelConfig, scheme: SchemeConfig, statistics: TokenStatistics | None, vocab_size: int) -> SignalPlan:
@@ -25,9 +55,16 @@ def build_plan(model: ModelConfig, scheme: SchemeConfig, statistics: TokenStatis
 
 
 def build_draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
-    """What the scheme decides, before the theory fills in the open stds."""
-    make = SCHEMES.get(scheme.name)
-    if make is None:
-        near = difflib.get_close_matches(scheme.name, SCHEMES, n=1, cutoff=0.0)[0]
-        raise UserError(f"There is no scheme '{scheme.name}'; did you mean {near}? (known: {', '.join(SCHEMES)})")
-    return make(model, scheme, vocab_size)
+    """What the scheme decides, before the theory fills in the open stds; UserError as in `build_plan`."""
+    found = scheme_of(scheme.name)
+    if found.norm_position not in (None, model.norm_position):
+        raise UserError(f"scheme {scheme.name} goes with model.norm_position={found.norm_position}, not {model.norm_position}.")
+    return found.draft(model, scheme, vocab_size)
+
+
+def scheme_of(name: str) -> Scheme:
+    """The scheme of that name; UserError if there is none."""
+    if name not in SCHEMES:
+        near = difflib.get_close_matches(name, SCHEMES, n=1, cutoff=0.0)[0]
+        raise UserError(f"There is no scheme '{name}'; did you mean {near}? (known: {', '.join(SCHEMES)})")
+    return SCHEMES[name]

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b8860b", "#444444")
+COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b8860b", "#444444", "#17a2a2", "#d6338a", "#7a9a01", "#6b4226", "#8898aa")
+# Curves that lie on each other (all schemes that start as the identity) stay visible through the gaps of later ones.
+FIRST, *LATER = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 PANELS = (
     ("forward_variance", "forward variance", True),
     ("correlation", "token correlation", False),
@@ -23,12 +25,14 @@ def depth_figure(curves: Mapping[str, Sequence], path: Path | str, measured: Map
     for axis, (attribute, label, logarithmic) in zip(axes, PANELS, strict=True):
         for index, (name, points) in enumerate(curves.items()):
             _curve(axis, [getattr(point, attribute) for point in points], COLOURS[index % len(COLOURS)], name,
-                   [getattr(point, attribute) for point in measured[name]] if measured and name in measured else None)
+                   [getattr(point, attribute) for point in measured[name]] if measured and name in measured else None,
+                   LATER[(index - 1) % len(LATER)] if index else FIRST)
         axis.set_title(label, fontsize=11)
         _decorate(axis)
         _scale(axis, logarithmic, linear)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False, fontsize=10,
+                  handlelength=3.0)
     _finish(pyplot, figure, path, title)
 
 
@@ -107,8 +111,8 @@ def _pyplot():
     return pyplot
 
 
-def _curve(axis, values: Sequence[float], colour: str, name: str, sampled: Sequence[float] | None) -> None:
-    axis.plot(range(len(values)), values, color=colour, linewidth=1.8, label=name)
+def _curve(axis, values: Sequence[float], colour: str, name: str, sampled: Sequence[float] | None, style=FIRST) -> None:
+    axis.plot(range(len(values)), values, color=colour, linewidth=1.8, label=name, linestyle=style)
     if sampled is not None:
         # At most 40 markers: more of them hide the curve.
         step = max(1, len(sampled) // 40)

@@ -129,7 +129,7 @@ def rotary_overlap(distance: np.ndarray, head_dim: int, base: float) -> np.ndarr
     return np.cos(np.multiply.outer(np.abs(distance), frequencies)).mean(axis=-1)
 
 
-def cross_entropy_gradient(hidden_size: int, vocab_size: int, repeat_probability: float, correlation: float,
+def cross_entropy_gradient(hidden_size: float, vocab_size: int, repeat_probability: float, correlation: float,
                            logit_variance: float = 1.0) -> tuple[float, float]:
     """(q_g, r_g) of d(sum of token losses)/dh at the head's input h, second moment 1 and token correlation r (THEORY.md, section
     7).

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from megadsl.theory.grid import Gram, means, uniform_grid
-from megadsl.theory.inputs import cross_entropy_gradient, embedding_moments
+from megadsl.theory.inputs import cross_entropy_gradient
 from megadsl.theory.quadrature import dual_map
 from megadsl.theory.recursion import Stack
 from megadsl.theory.scalar import ScalarStack
@@ -107,14 +107,17 @@ def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, hea
     share = head.predicted_share
     if share is None:
         share = MASKED_SHARE if shape.family == "encoder" else 1.0
+    width = float(shape.hidden_size)
     if head.dense_std is not None:
         unit, _ = dual_map(UNGATED.get(shape.activation, shape.activation), math.sqrt(shape.hidden_size) * head.dense_std)
         share *= float(unit.derivative(np.array(r))) / unit.gain
         # LayerNorm takes away the mean over features, which every token has.
         mean = float(unit.overlap(np.array(0.0))) if shape.normalization == "LayerNorm" else 0.0
         r = (float(unit.overlap(np.array(r))) - mean) / (unit.second_moment - mean)
+        # What overlaps by r u / d lies along the normed state itself, and the norm in front takes it away.
+        width = math.inf
     repeats = embedding.repeat_probability if head.repeat_probability is None else head.repeat_probability
-    return share * cross_entropy_gradient(shape.hidden_size, vocab_size, repeats, r, head.logit_variance)[1]
+    return share * cross_entropy_gradient(width, vocab_size, repeats, r, head.logit_variance)[1]
 
 
 def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
@@ -153,16 +156,22 @@ def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
 def _prediction(stack: Stack, stream: Gram, gradient: Gram) -> Prediction:
     second, overlap = means(stack.grid, stream)
     gradient_second, gradient_overlap = means(stack.grid, gradient)
-    return Prediction(second, overlap / second, gradient_second, gradient_overlap / gradient_second)
+    return _point(second, overlap, gradient_second, gradient_overlap)
+
+
+def _point(q: float, c: float, q_g: float, c_g: float) -> Prediction:
+    # No gradient reaches the encoder of a model whose branches are switched off (ReZero).
+    return Prediction(q, c / q, q_g, c_g / q_g if q_g else 0.0)
 
 
 def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
-    q0, c0 = embedding_moments(embedding, shape.dropout, shape.eps)
     stacks: list[ScalarStack] = []
     memory = None
     for name, sublayers in grouped.items():
         stack = ScalarStack(shape, name, memory, shape.length if memory is not None else 0)
-        memory = q, r = stack.final(*stack.forward(q0, c0 / q0, sublayers))
+        positions = Stack(shape, name)
+        q, c = means(positions.grid, positions.embed(embedding))
+        memory = q, r = stack.final(*stack.forward(q, c / q, sublayers))
         stacks.append(stack)
     r_g = start(r)
     gradient, found = (1.0, r_g), {}
@@ -171,7 +180,7 @@ def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
     points, solved = [], []
     for stack in stacks:
         states = [stack.start, *((step.q, step.r) for step in stack.steps)]
-        points.append([Prediction(q, r, q_g, c_g / q_g) for (q, r), (q_g, c_g) in zip(states, found[stack.name], strict=True)])
+        points.append([_point(q, q * r, q_g, c_g) for (q, r), (q_g, c_g) in zip(states, found[stack.name], strict=True)])
         solved += [step.sublayer for step in stack.steps]
     final = Prediction(q, r, 1.0, r_g)
     return DepthProfile(points[0][0], tuple(solved), tuple(p for part in points for p in part[1:]), final)

@@ -102,12 +102,14 @@ class Stack:
         memory)."""
         if self._final_norm is not None:
             gradient = gradient.scaled(self._norm_backward * self._final_norm)
+        # Norms behind each other project on nearly the same directions, so the topmost takes away what all of them do.
+        projected = np.sqrt(self.shape.projected)
         found, at_memory = [gradient], None
         for step in reversed(self.steps):
             sublayer = step.sublayer
             lam2, beta2 = sublayer.residual_scale ** 2, sublayer.branch_scale ** 2
             if step.outer is not None:
-                gradient = gradient.scaled(step.outer)
+                gradient, projected = gradient.scaled(projected * step.outer), 1.0
             branch = Gram(gradient.off, gradient.diag / (1.0 - self.shape.dropout))
             passed, memory = self._branch_backward(step, branch)
             if step.inner is not None:

@@ -134,10 +134,12 @@ class ScalarStack:
         if shape.final_norm:
             norm = spread / ((self.steps[-1].q if self.steps else self.start[0]) + shape.eps)
             q_g, c_g = q_g * norm, c_g * norm
-        found, memory_q, memory_c = [(q_g, c_g)], 0.0, 0.0
+        found, memory_q, memory_c, projected = [(q_g, c_g)], 0.0, 0.0, shape.projected
         for step in reversed(self.steps):
             lam2, beta2 = step.sublayer.residual_scale ** 2, step.sublayer.branch_scale ** 2
-            q_g, c_g = q_g * step.outer, c_g * step.outer
+            if shape.outer_norm:
+                norm, projected = step.outer * projected, 1.0
+                q_g, c_g = q_g * norm, c_g * norm
             dropped, scale = q_g / keep, beta2 * step.inner * spread
             a, b, e, f = step.branch
             if step.memory is not None:

@@ -44,6 +44,11 @@ class ModelShape:
         return self.norm_position in ("post", "both")
 
     @property
+    def projected(self) -> float:
+        """Share of a gradient's variance that the projections of one norm leave: LayerNorm's two directions of d, RMSNorm's one."""
+        return 1.0 - (2.0 if self.normalization == "LayerNorm" else 1.0) / self.hidden_size
+
+    @property
     def final_norm(self) -> bool:
         """A norm at the end of a stack, whose stream no other norm has seen."""
         return self.norm_position == "pre"

@@ -173,7 +173,8 @@ class WeightTable:
         index = place.astype(np.intp)
         low = self._table[index, self._rows]
         values = low + (place - index)[:, None] * (self._table[index + 1, self._rows] - low)
-        values[:, 5] *= np.maximum(v, 0.0)
+        # For two keys w / v vanishes with v as well, up to the rounding of the fit.
+        values[:, 5] = np.maximum(values[:, 5], 0.0) * np.maximum(v, 0.0)
         return AttentionWeights(*values.T)
 
 

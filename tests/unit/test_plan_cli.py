@@ -34,12 +34,53 @@ def test_table_is_abbreviated_unless_full(config):
     assert "Zipf" in short and "hidden_scale" in short
 
 
-def test_compare_draws_and_lists_every_scheme(config, tmp_path):
+def test_compare_puts_schemes_beside_each_other(config, tmp_path):
     figure = tmp_path / "depth.png"
-    text = run(config, "--compare", "dslm,vanilla", "--figure", str(figure))
-    assert figure.stat().st_size > 10_000 and "dslm, decoder" in text and "vanilla, decoder" in text
-    plans = json.loads(run(config, "--compare", "dslm,vanilla", "--json"))
-    assert [plan["scheme"] for plan in plans] == ["dslm", "vanilla"]
+    text = run(config, "--compare", "dslm,vanilla,deepnorm", "--figure", str(figure), "--full")
+    assert figure.stat().st_size > 10_000
+    header = next(line for line in text.splitlines() if "vanilla" in line)
+    # DeepNorm is Post-LN, which the configuration is not.
+    assert header.split() == ["dslm", "vanilla", "deepnorm", "(post)"]
+    plans = [SignalPlan(**plan) for plan in json.loads(run(config, "--compare", "dslm,vanilla,deepnorm", "--json"))]
+    assert [(plan.scheme, plan.norm_position) for plan in plans] == [("dslm", "pre"), ("vanilla", "pre"), ("deepnorm", "post")]
+    # One row for each of the 80 sublayers: variance, correlation, gradient of every scheme.
+    rows = [line.split() for line in text.splitlines() if "self_attention" in line or "ffn" in line]
+    assert len(rows) == 80
+    found = [[float(number) for number in row[-9:]] for row in rows]
+    for position, plan in enumerate(plans):
+        for row, point in zip(found, plan.sublayers, strict=True):
+            expected = point["forward_variance"], point["correlation"], point["gradient_variance"]
+            assert row[3 * position:3 * position + 3] == pytest.approx(expected, rel=5e-3, abs=5e-4)
+
+
+def test_compare_all_is_every_scheme_that_goes_with_the_model(config):
+    for norm, expected in (("pre", {"rezero", "layerscale", "completep"}), ("post", {"deepnorm", "keel"})):
+        names = {plan["scheme"] for plan in json.loads(run(config, f"model.norm_position={norm}", "--compare", "all", "--json"))}
+        assert expected | {"dslm", "vanilla", "xavier"} <= names
+        assert ("keel" in names) == (norm == "post") and ("rezero" in names) == (norm == "pre")
+    table = run(config, "--compare", "all")
+    assert "rezero (none)" in table and "completep, optimizer: query_key_value" in table and "lr x 4" in table
+
+
+def test_one_scheme_shows_what_is_special_about_it(config):
+    assert "norm x 0.7071" in run(config, "scheme=layernorm_scaling")
+    assert "one number a channel" in run(config, "scheme=layerscale") and "no norms" in run(config, "scheme=rezero")
+    assert "0.9487" in run(config, "model.embedding_layernorm=true", "model.hidden_dropout=0.1")
+    assert "head_dense 0.125" in run(config, "model.family=encoder")
+
+
+def test_an_encoder_reads_masked_text(config):
+    shape = ("model.family=encoder", "model.position_embedding_type=none", "--json")
+    often, seldom = (SignalPlan.from_json(run(config, f"data.masking_probability={share}", *shape)) for share in (0.5, 0.01))
+    # .16 of the pairs are two masks, .55^2 two kept words.
+    assert often.embedding.correlation == pytest.approx(0.16 + 0.3025 * seldom.embedding.correlation, abs=1e-3)
+    assert often.final.gradient_correlation > 20.0 * seldom.final.gradient_correlation
+
+
+def test_token_types_are_one_unless_there_are_two_parts(config):
+    shape = ("model.family=encoder", "model.position_embedding_type=none", "model.num_tokentypes=2", "--json")
+    one, two = (SignalPlan.from_json(run(config, f"data.sentence_order={on}", *shape)) for on in ("false", "true"))
+    assert one.embedding.correlation - two.embedding.correlation == pytest.approx(0.5 * (1.0 - 13.0 / 24.0), abs=1e-6)
 
 
 def test_statistics_of_the_dataset_are_used(config, tmp_path):
@@ -57,7 +98,7 @@ def test_statistics_of_the_dataset_are_used(config, tmp_path):
 
 
 @pytest.mark.parametrize("arguments",
-    [["scheme=nothing"], ["--compare", "dslm,nothing"], ["--figure", "figure.doc"], ["model.layers=3"]])
+    [["scheme=nothing"], ["--compare", "dslm,nothing"], ["--figure", "figure.doc"], ["model.layers=3"], ["scheme=deepnorm"]])
 def test_mistakes_are_one_sentence(config, arguments):
     with pytest.raises(UserError) as mistake:
         run(config, *arguments)

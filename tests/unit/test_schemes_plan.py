@@ -29,7 +29,8 @@ def test_lambda_multiplies_the_skip_and_beta_the_branch():
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_json_round_trip_and_look_up(scheme, family):
-    plan = plan_of(scheme, family=family, num_tokentypes=2, num_decoder_layers=4 if family == "encoder_decoder" else None)
+    plan = plan_of(scheme, family=family, num_tokentypes=2, num_decoder_layers=4 if family == "encoder_decoder" else None,
+                   norm_position=SCHEMES[scheme].norm_position or "pre", embedding_layernorm=True)
     assert SignalPlan.from_json(plan.to_json()) == plan
     stacks = {"decoder": ["decoder"], "encoder": ["encoder"], "encoder_decoder": ["encoder", "decoder"]}[family]
     for stack in stacks:

@@ -33,6 +33,14 @@ def test_levels_agree_where_positions_are_exchangeable(scheme, norm):
         abs=1e-4)
 
 
+@pytest.mark.parametrize("level", ["matrix", "scalar"])
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_collapsed_ranks_are_finite(family, level):
+    # All tokens become one without dropout: score variances of 1e-7, correlations of 1.
+    found = values(profile(level, "xavier", family=family, norm_position="post", num_layers=192))
+    assert np.isfinite(found).all() and found[-1, 1] == pytest.approx(1.0, abs=0.01)
+
+
 def test_levels_differ_for_causal_attention():
     # The gradient piles up on early positions, which the scalar level cannot see (THEORY.md, section 4).
     scalar, matrix = profile("scalar").embedding, profile("matrix").embedding
