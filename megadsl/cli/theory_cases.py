@@ -12,7 +12,7 @@ import numpy as np
 
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.schemes.assemble import embedding_of, model_shape, profile_of
-from megadsl.schemes.registry import build_draft
+from megadsl.schemes.registry import SCHEMES, build_draft
 from megadsl.theory.check import ModelCase, check_components, check_models
 from megadsl.theory.inputs import zipf
 
@@ -67,6 +67,7 @@ def run_check(what: str, size: str, seed: int, note: Callable) -> list[dict]:
 def draw_figures(folder: Path, seed: int) -> Iterator[Path]:
     """The figures of docs/theory.md, one after the other."""
     yield _schemes(folder / "theory-schemes.png", seed)
+    yield _rivals(folder / "theory-rivals.png")
     yield _paper_or_ours(folder / "theory-dslm-paper.png", seed)
     yield _pre_norm_growth(folder / "theory-paper-figures.png", seed)
     yield _scores(folder / "theory-attention-scores.png")
@@ -96,6 +97,19 @@ def _schemes(path: Path, seed: int) -> Path:
     depth_figure({name: _points(case) for name, case in cases.items()}, path,
                  {name: _measured(case, seed) for name, case in cases.items()},
                  "Causal Pre-LN decoder, 48 layers, width 64, 128 tokens: predicted (lines) and sampled (points)")
+    return path
+
+
+def _rivals(path: Path) -> Path:
+    from megadsl.theory.figures import depth_figure
+
+    curves = {}
+    for name in ("dslm", "xavier", "layernorm_scaling", "completep", "depth_mup", "deepnorm", "keel", "rezero"):
+        position = SCHEMES[name].norm_position
+        case = model_case(name, _causal(48, norm_position=position or "pre", hidden_size=512, num_attention_heads=8), 0)
+        own = case.shape.norm_position
+        curves[name if own == "pre" else f"{name} ({own})"] = _points(case)
+    depth_figure(curves, path, title="Causal decoder, 48 layers, width 512, 128 tokens: predicted")
     return path
 
 

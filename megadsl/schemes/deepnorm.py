@@ -1,6 +1,6 @@
 """`deepnorm`: Post-LN with a stronger skip and smaller branches (DeepNet, arXiv 2203.00555).
 
-N(alpha x + f(x)), Glorot stds, those of value, attention_output, fc1 and fc2 times beta
+N(alpha x + f(x)), alpha = (2 L)^(1/4); Glorot stds, those of value, attention_output, fc1, fc2 times beta = (8 L)^(-1/4)
 
   one stack of L layers       alpha = (2 L)^(1/4)                  beta = (8 L)^(-1/4)
   encoder of encoder_decoder  alpha = .81 (L_e^4 L_d)^(1/16)       beta = .87 (L_e^4 L_d)^(-1/16)

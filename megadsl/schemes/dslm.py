@@ -1,7 +1,8 @@
-"""`dslm`: DeepScaleLM (arXiv 2403.09635) with the true moments of every branch (THEORY.md, sections 6, 7, 11).
+"""`dslm`: DeepScaleLM (arXiv 2403.09635) with the true moments of every branch.
 
 lambda x + beta f(N(x)) or N(lambda x + beta f(x)), lambda^2 = 1 - k / S, beta^2 = k / S, f of second moment 1
 
+Derived in THEORY.md, sections 6, 7, 11:
   lambda^2 = 1 - beta^2, beta^2 = k / S with S residual additions in the stack (2 per layer; 3 per decoder layer of an
       encoder_decoder). k fixes how much of the output comes from the branches whatever the depth; k = 2 is the released reference
       (THEORY.md, section 8).

@@ -1,12 +1,16 @@
 """Rival schemes against the constants that their papers and their authors' code publish."""
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.errors import UserError
 from megadsl.schemes import SCHEMES, SignalPlan, build_plan
+
+ROOT = Path(__file__).parents[2]
 
 
 def plan_of(scheme: str, settings: dict | None = None, **model) -> SignalPlan:
@@ -132,3 +136,9 @@ def test_a_scheme_names_the_norm_position_that_it_goes_with(scheme):
 def test_every_scheme_says_what_it_is(scheme):
     what, formula = SCHEMES[scheme].description
     assert ("arXiv" in what or "19" in what or "20" in what) and what.endswith(".") and formula
+
+
+def test_the_table_in_the_docs_is_current():
+    page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "tools" / "document_schemes.py"))["document"](page) == page
+    assert all(f"| `{name}` |" in page for name in SCHEMES)
