@@ -9,6 +9,7 @@
 from pathlib import Path
 
 from megadsl.config import Config
+from megadsl.data.lengths import Window, check_objective, raw_window
 from megadsl.data.manifest import read_json, sizes_match
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
@@ -34,13 +35,13 @@ def load_dataset(folder: Path, tokenizer_sha256: str | None = None) -> dict:
     return manifest
 
 
-def require_tokens(folder: Path, manifest: dict, split: str, seq_length: int) -> None:
-    """UserError unless `split` holds one sequence of `seq_length` tokens and its last label."""
+def require_tokens(folder: Path, manifest: dict, split: str, window: Window) -> None:
+    """UserError unless `split` holds the raw tokens of one sample."""
     tokens = manifest["splits"][split]["tokens"]
-    if tokens <= seq_length:
+    if tokens < sum(window):
         raise UserError(
-            f"The {split} split of {folder} holds {tokens} tokens, less than one sequence of model.seq_length {seq_length} + 1; "
-            "use more text (or smaller documents: megadsl data corpus --max-document-chars), or a smaller seq_length."
+            f"The {split} split of {folder} holds {tokens} tokens, less than one sequence, which needs {sum(window)}; use "
+            "more text (or smaller documents: megadsl data corpus --max-document-chars), or a smaller model.seq_length."
         )
 
 
@@ -49,10 +50,12 @@ def check_datasets(config: Config) -> Tokenizer:
     if not config.data.datasets:
         raise UserError("data.datasets is empty; name a folder of megadsl data preprocess, for example data.datasets=DIR.")
     tokenizer = Tokenizer.load(config.tokenizer.model)
+    check_objective(config, tokenizer)
+    window = raw_window(config)
     splits = ("train", "validation") if config.training.eval_iters else ("train",)
     for dataset in config.data.datasets:
         folder = Path(dataset.path)
         manifest = load_dataset(folder, tokenizer.sha256)
         for split in splits:
-            require_tokens(folder, manifest, split, config.model.seq_length)
+            require_tokens(folder, manifest, split, window)
     return tokenizer

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megadsl.data.dataset import STATISTICS, TOKENIZER, load_dataset
+from megadsl.data.lengths import Window
 from megadsl.data.manifest import write_json
 from megadsl.data.tokenizer import Tokenizer
 
@@ -65,13 +66,15 @@ def _counts(folder: Path, manifest: dict, split: str) -> np.ndarray:
 
 
 def _repeats(folder: Path, manifest: dict, seq_length: int) -> float | None:
-    """`repeat_probability` of training sequences as the model sees them, document boundaries included."""
+    """`repeat_probability` of raw training sequences, document boundaries included."""
     if seq_length < 2 or manifest["splits"]["train"]["tokens"] <= seq_length:
         return None
     # Imported here: Megatron takes 4 s, and a mistake in the command shall not wait for it.
-    from megadsl.data.causal import CausalSequences
+    from megadsl.data.windows import Windows
 
-    sequences = CausalSequences(folder, manifest, "train", seq_length, seed=0, tokenizer=Tokenizer.load(folder / TOKENIZER))
+    # With the overlap of a causal sample, whatever objective will read the dataset.
+    window = Window(seq_length, overlap=1)
+    sequences = Windows(folder, manifest, "train", window, seed=0, tokenizer=Tokenizer.load(folder / TOKENIZER))
     most = max(1, min(_SAMPLED_SEQUENCES, _SAMPLED_TOKENS // seq_length))
     # The samples are in random order, so the first ones are a random draw.
-    return repeat_probability(np.stack([sequences[i]["tokens"].numpy() for i in range(min(most, sequences.samples_per_epoch))]))
+    return repeat_probability(np.stack([sequences[i]["window"][:-1] for i in range(min(most, sequences.samples_per_epoch))]))

@@ -8,8 +8,10 @@ import hashlib
 import os
 import re
 from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from megadsl.errors import UserError
@@ -67,6 +69,22 @@ class Tokenizer:
 
     def pieces(self, ids: list[int]) -> list[str]:
         return [self._processor.id_to_piece(index) for index in ids]
+
+    @cached_property
+    def is_text(self) -> np.ndarray:
+        """By id, whether text can become this piece (no control piece, not the unknown one): [vocabulary] bool."""
+        other = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
+        return np.array([not any(test(index) for test in other) for index in range(self.vocab_size)])
+
+    @cached_property
+    def texts_of_pieces(self) -> list[str]:
+        """By id, the text of the piece; of a byte its ASCII character; empty for other bytes and for what is no text."""
+        texts = []
+        for index, piece in enumerate(self.pieces(range(self.vocab_size))):
+            byte = int(piece[3:5], 16) if self._processor.is_byte(index) else None
+            text = piece.replace(_SPACE_SYMBOL, " ") if byte is None else chr(byte) if byte < 0x80 else ""
+            texts.append(text if self.is_text[index] else "")
+        return texts
 
     @property
     def pad(self) -> int:

@@ -6,8 +6,8 @@ Shape letters: b micro-batch, s sequence.
 import torch
 
 from megadsl.config import Config
-from megadsl.data.causal import open_datasets
 from megadsl.data.dataset import check_datasets
+from megadsl.data.objective import open_datasets
 from megadsl.data.sampler import MicroBatches
 from megadsl.model.family import define_model
 from megadsl.model.init import initialize
@@ -16,6 +16,7 @@ from megadsl.monitor.probes import StreamProbes, residual_connections
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import initialize_groups
 from megadsl.parallel.launch import Launch
+from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Topology
 from megadsl.schemes.plan import SignalPlan, StreamPrediction
 
@@ -45,6 +46,7 @@ def measure_at_init(config: Config, plan: SignalPlan, num_seeds: int) -> list[St
     with StreamProbes(stack, watched) as probes:
         for seed in range(config.training.seed, config.training.seed + num_seeds):
             initialize(stack.canonical_parameters(), seed, 0, 1)
+            seed_micro_batch(seed, 0, 0)  # dropout
             stack(*definition.split(batch)).backward()
             stack.zero_grad()
     moments = probes.read()

@@ -93,8 +93,8 @@ def test_masks_are_equal_where_activations_are_replicated_and_differ_where_they_
 
 def _losses_with_dropout(config: Config, port: int) -> list[float]:
     os.environ["MASTER_PORT"] = str(port)
-    from megadsl.data.causal import open_datasets
     from megadsl.data.dataset import check_datasets
+    from megadsl.data.objective import open_datasets
     from megadsl.data.sampler import MicroBatches
     from megadsl.parallel.groups import destroy_groups
 

@@ -19,8 +19,8 @@ SEEDS = range(6)
 
 def measure(make_stack, small_data, scheme: str):
     """(measured forward variance [seed, sublayer], plan) of the demo's shape on 16 sequences of real text."""
-    from megadsl.data.causal import open_datasets
     from megadsl.data.dataset import check_datasets
+    from megadsl.data.objective import open_datasets
     from megadsl.data.sampler import MicroBatches
     from megadsl.model.init import initialize
     from megadsl.monitor.probes import StreamProbes
