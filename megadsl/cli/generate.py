@@ -1,33 +1,46 @@
-"""`megadsl generate CHECKPOINT --prompt ...`: continue a text."""
+"""`megadsl generate CHECKPOINT --prompt ...`: continue a text, or fill the gaps of one."""
 
 from typing import Literal
 
 import typer
 
+from megadsl.errors import UserError
+
 
 def generate(
     checkpoint: str = typer.Argument(..., help="A run folder or one of its checkpoints."),
-    prompt: str = typer.Option("", help="Text to continue; empty: start a document."),
+    prompt: str = typer.Option("", help="Text to continue (empty: start a document), or with <extra_id_0> ... or <mask> to fill in."),
     max_new_tokens: int = typer.Option(100),
     temperature: float = typer.Option(1.0, help="0 is greedy."),
     top_k: int = typer.Option(0, help="Choose among the k likeliest tokens; 0: all."),
     top_p: float = typer.Option(1.0, help="Choose among the likeliest tokens that hold this probability."),
     greedy: bool = typer.Option(False, "--greedy", help="Always the likeliest token (temperature 0)."),
     num_samples: int = typer.Option(1),
+    num_beams: int = typer.Option(1, help="Beam search of an encoder-decoder with so many beams; 1: none."),
     seed: int = typer.Option(0),
     device: Literal["auto", "cpu", "cuda"] = typer.Option("auto"),
 ) -> None:
-    """Continue a prompt; stops at the end of the document."""
+    """Decoder: continue a prompt. Encoder-decoder: write the target of a source text."""
     from megadsl.checkpoint.store import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
     from megadsl.inference.generate import generate as generate_text
     from megadsl.inference.load import load_model
     from megadsl.inference.sampling import Sampling
+    from megadsl.inference.seq2seq import generate_target
 
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)
-    texts = generate_text(load_model(opened, device), prompt, max_new_tokens, sampling, num_samples)
+    family = opened.config().model.family
+    if family == "encoder":
+        raise UserError(f"{checkpoint} is an encoder, which writes no text; megadsl evaluate shows what it predicts.")
+    if family == "decoder" and num_beams > 1:
+        raise UserError("--num-beams is for encoder-decoders; this checkpoint is a decoder.")
+    model = load_model(opened, device)
+    if family == "encoder_decoder":
+        texts = generate_target(model, prompt, max_new_tokens, sampling, num_samples, num_beams)
+    else:
+        texts = [prompt + text for text in generate_text(model, prompt, max_new_tokens, sampling, num_samples)]
     for index, text in enumerate(texts):
         if num_samples > 1:
             print(f"--- sample {index + 1}")
-        print(prompt + text)
+        print(text)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megadsl.data.causal import segments_of
 from megadsl.errors import UserError
 from megadsl.inference.load import TrainedModel
 from megadsl.model.loss import token_losses
@@ -27,9 +28,15 @@ class Evaluation:
     tokens: int
     text_bytes: int
 
+    def text(self) -> str:
+        return (
+            f"loss {self.loss:.4f} nats per token | perplexity {self.perplexity:.3f} | "
+            f"{self.bits_per_byte:.4f} bits per byte | {self.tokens:,} tokens, {self.text_bytes:,} bytes"
+        )
+
 
 @torch.inference_mode()
-def evaluate(model: TrainedModel, tokens: np.ndarray, text_bytes: int, batch_size: int, max_tokens: int = 0) -> Evaluation:
+def evaluate_perplexity(model: TrainedModel, tokens: np.ndarray, text_bytes: int, batch_size: int, max_tokens: int = 0) -> Evaluation:
     """Loss of every token of `tokens` [t]; the first one follows an end-of-document.
 
     Args:
@@ -43,9 +50,19 @@ def evaluate(model: TrainedModel, tokens: np.ndarray, text_bytes: int, batch_siz
     total = 0.0
     for inputs, labels, mask in _windows(tokens, model.tokenizer.eod, model.config.model.seq_length, batch_size):
         inputs, labels, mask = (tensor.to(model.device) for tensor in (inputs, labels, mask))
-        total += float((token_losses(model.stack(inputs), labels) * mask).double().sum())
+        total += float((token_losses(model.stack(_with_context(model, inputs)), labels) * mask).double().sum())
     loss, size = total / tokens.size, share * text_bytes
     return Evaluation(loss, math.exp(min(loss, 700.0)), total / math.log(2) / max(1.0, size), int(tokens.size), round(size))
+
+
+def _with_context(model: TrainedModel, tokens: torch.Tensor) -> torch.Tensor | tuple:
+    """What the model reads besides the tokens [b, s]: documents are kept apart as in training; no prefix."""
+    context = {
+        "segments": lambda: torch.from_numpy(np.stack([segments_of(row, model.tokenizer.eod) for row in tokens.cpu().numpy()])),
+        "prefix_length": lambda: torch.zeros(len(tokens), dtype=torch.long),
+    }
+    names = model.definition.inputs[1:]
+    return (tokens, *(context[name]().to(model.device) for name in names)) if names else tokens
 
 
 def _windows(tokens: np.ndarray, eod: int, seq_length: int, batch_size: int) -> Iterator[tuple[torch.Tensor, ...]]:

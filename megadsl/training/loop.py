@@ -15,12 +15,12 @@ import torch.distributed as dist
 from megadsl.checkpoint.store import CheckpointInfo, CheckpointStore, library_versions
 from megadsl.checkpoint.weights import write_weights
 from megadsl.config import Config, save_config
-from megadsl.data.causal import CausalDatasets, open_datasets
+from megadsl.data.objective import Datasets, open_datasets
 from megadsl.data.sampler import MicroBatches
 from megadsl.errors import UserError
 from megadsl.model.family import define_model
 from megadsl.monitor.progress import LogRecord, Progress
-from megadsl.monitor.throughput import training_flops_per_token
+from megadsl.monitor.throughput import tokens_per_sequence, training_flops
 from megadsl.monitor.writer import MetricsWriter
 from megadsl.parallel.device import peak_memory_bytes, prepare_device
 from megadsl.parallel.groups import destroy_groups, initialize_groups
@@ -73,7 +73,7 @@ class Run:
         if info:
             self.position = Position(info.iteration, info.consumed_samples, info.skipped_iterations, loss=info.loss)
         self.left = max(0, config.training.train_iters - self.position.iteration) * config.training.global_batch_size
-        self.datasets: CausalDatasets = open_datasets(
+        self.datasets: Datasets = open_datasets(
             config, self.tokenizer.sha256, train_samples=self.position.consumed_samples + self.left
         )
         self.plan = ready.plan
@@ -221,8 +221,8 @@ class Interval:
 
     def __init__(self, config: Config, padded_vocab_size: int, world_size: int, iteration: int):
         self._config = config
-        self._tokens_per_iteration = config.training.global_batch_size * config.model.seq_length
-        self._flops_per_token = training_flops_per_token(config.model, padded_vocab_size)
+        self._tokens_per_iteration = config.training.global_batch_size * tokens_per_sequence(config.model)
+        self._flops = config.training.global_batch_size * training_flops(config.model, padded_vocab_size)
         self._world_size = world_size
         self._iteration = iteration
         self._started = time.perf_counter()
@@ -238,10 +238,9 @@ class Interval:
         now = time.perf_counter()
         seconds = (now - self._started) / (position.iteration - self._iteration)
         self._started, self._iteration = now, position.iteration
-        rate = self._tokens_per_iteration / seconds
         train_iters = self._config.training.train_iters
         return LogRecord(
-            position.iteration, train_iters, result.loss, lr, result.gradient_norm, rate,
-            rate * self._flops_per_token / self._world_size / 1e12, peak_memory_bytes(device),
+            position.iteration, train_iters, result.loss, lr, result.gradient_norm,
+            self._tokens_per_iteration / seconds, self._flops / seconds / self._world_size / 1e12, peak_memory_bytes(device),
             seconds * (train_iters - position.iteration), position.skipped,
         )
