@@ -23,7 +23,7 @@ def plan(
         "", help="schemes beside each other, for example dslm,vanilla,deepnorm; each with the norms that it needs; "
         "all: those that go with the model"),
     full: bool = typer.Option(False, "--full", help="print every row of the table"),
-    measure: int = typer.Option(0, min=0, help="build the model with so many seeds and measure it on the dataset; 0: only predict"),
+    measure: int = typer.Option(0, min=0, help="build the model with so many seeds and measure it on the data; 0: only predict"),
 ) -> None:
     """Show lambda, beta, sigmas and the predicted signal of every sublayer."""
     config = config_from_arguments(arguments)
@@ -39,9 +39,6 @@ def plan(
         plans = {config.scheme.name: plan_for_run(config)}
     measured = {}
     if measure:
-        from megadsl.model.supported import check_trainable
-
-        check_trainable(config)
         from megadsl.monitor.at_init import measure_at_init
 
         measured = {label: measure_at_init(config, one, measure) for label, one in plans.items()}
@@ -135,8 +132,10 @@ def _factors(label: str, plan: SignalPlan) -> str:
 
 
 def _agreement(label: str, plan: SignalPlan, measured: list[StreamPrediction], num_seeds: int) -> str:
+    # Where no gradient is expected (the encoder behind ReZero's closed gates) there is no ratio.
+    pairs = list(zip(measured[1:], plan.sublayers, strict=True))
     ratios = {
-        name: [getattr(point, name) / getattr(expected, name) for point, expected in zip(measured[1:], plan.sublayers, strict=True)]
+        name: [getattr(point, name) / getattr(expected, name) for point, expected in pairs if getattr(expected, name)]
         for name in ("forward_variance", "gradient_variance")
     }
     variances = [point.forward_variance for point in measured[1:]]
@@ -166,7 +165,7 @@ def _sigmas(weight_std: dict[str, float]) -> str:
 
 
 def _signal(point: StreamPrediction, digits: int = 4) -> tuple[str, str, str]:
-    return f"{point.forward_variance:.{digits}g}", f"{point.correlation:.{digits}f}", f"{point.gradient_variance:.{digits}g}"
+    return f"{point.forward_variance:#.{digits}g}", f"{point.correlation:.{digits}f}", f"{point.gradient_variance:#.{digits}g}"
 
 
 def _write_figure(plans: dict[str, SignalPlan], path: Path, measured: dict[str, list[StreamPrediction]]) -> None:
