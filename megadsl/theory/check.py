@@ -134,7 +134,7 @@ def check_models(cases: Sequence[ModelCase], seed: int, note: Callable = print) 
         points = np.array([point.values() for point in measured.points])
         expected = np.array([point.values() for point in (case.profile.embedding, *case.profile.predictions)])
         errors = measured.standard_errors
-        post = case.shape.norm_position == "post"
+        post = case.shape.outer_norm
         for column, quantity in enumerate(("forward_variance", "correlation", "gradient_variance", "gradient_correlation")):
             value, wanted, spread = points[:, column], expected[:, column], errors[:, column]
             if quantity.endswith("correlation"):
