@@ -48,10 +48,20 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many are kept."""
+    """When checkpoints are written, how they are verified and how many are kept."""
 
     save_interval: int = Field(0, ge=0, description="save every so many iterations; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="older checkpoints are removed")
+    keep_every: int = Field(0, ge=0, description="checkpoints of iterations that are multiples of this stay for ever; 0: none")
+    async_save: bool = Field(
+        False, description="copy the state to host memory and write it while training goes on; one save is in flight at most"
+    )
+    verify: Literal["full", "sizes"] = Field(
+        "full", description="what is checked before resuming: full reads every file once and compares checksums"
+    )
+    on_save_error: Literal["continue", "stop"] = Field(
+        "continue", description="what a failed save (a full disk) does to the run; older checkpoints stay in any case"
+    )
 
 
 class MonitorConfig(Section):

@@ -50,7 +50,7 @@ def load_model(checkpoint: Checkpoint, device_name: str = "auto") -> TrainedMode
 
 @torch.no_grad()
 def _fill(stack: Stack, checkpoint: Checkpoint) -> None:
-    tensors = read_weights(checkpoint.path)
+    tensors = dict(read_weights(checkpoint.path))
     for name, parameter in stack.canonical_parameters():
         if name not in tensors:
             raise UserError(f"{checkpoint.path} has no tensor {name}; the checkpoint is not complete or not of this model.")

@@ -48,6 +48,11 @@ def data_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
 
 
+def stage_group() -> dist.ProcessGroup:
+    """The ranks of this pipeline stage (tensor x data)."""
+    return parallel_state.get_tensor_and_data_parallel_group()
+
+
 class DeepSpeedMpu:
     """parallel_state under the names that DeepSpeed uses. "Model parallel" means tensor parallel to DeepSpeed.
 

@@ -1,4 +1,4 @@
-"""DeepSpeed behind one face: train_step, evaluate, save and load, with and without a pipeline.
+"""DeepSpeed behind one face: train_step, evaluate and the canonical state, with and without a pipeline.
 
 The only file of training/ that imports deepspeed, and not at the top: it picks its accelerator when it is imported, which
 must be after megadsl.parallel.device has chosen. Shape letters: b micro-batch, s sequence.
@@ -7,7 +7,6 @@ must be after megadsl.parallel.device has chosen. Shape letters: b micro-batch, 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,12 +14,13 @@ import torch.distributed as dist
 from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
 from megadsl.model.family import ModelDefinition
-from megadsl.model.init import initialize, tag_of
+from megadsl.model.init import initialize
 from megadsl.model.stack import Stack, build_pipeline
 from megadsl.parallel.groups import DeepSpeedMpu, data_group, tensor_group
 from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Coordinate, Topology
 from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm, parameter_groups
+from megadsl.training.state import EngineState
 
 Batch = dict[str, torch.Tensor]
 
@@ -57,6 +57,9 @@ class Engine:
         self._norm = 0.0
         self._zero_stage = config.parallel.zero_stage
         self.engine = self._initialize_deepspeed()
+        self.state = EngineState(
+            self.engine, list(self.model.canonical_parameters()), self._zero_stage, topology, coordinate, device
+        )
 
     def _initialize_deepspeed(self):
         import deepspeed
@@ -147,30 +150,6 @@ class Engine:
         return float(total / (num_micro_batches * self.topology.data))
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(canonical name, full tensor on the host) of this stage's parameters; to be consumed on all ranks together.
-
-        Only the ranks that write them (data 0, tensor 0) get tensors; others take part in the gathering.
-        """
-        from deepspeed.runtime.zero import GatheredParameters
-
-        for name, parameter in self.model.canonical_parameters():
-            if getattr(parameter, "ds_pipe_replicated", False):
-                continue
-            with GatheredParameters([parameter], enabled=self._zero_stage == 3):
-                value = tag_of(name, parameter)
-                shards = [parameter.detach()]
-                if value.partition_dim is not None and self.topology.tensor > 1:
-                    shards = [torch.empty_like(parameter) for _ in range(self.topology.tensor)]
-                    dist.all_gather(shards, parameter.detach().contiguous(), group=tensor_group())
-                if self.coordinate.data == 0 and self.coordinate.tensor == 0:
-                    yield name, value.unshard(shards).cpu().clone()
-
-    def save(self, directory: Path) -> None:
-        """Write DeepSpeed's state (weights and optimizer, sharded as it is) under `directory`; call on all ranks."""
-        self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
-
-    def load(self, directory: Path) -> None:
-        """Read back what `save` wrote under the same layout."""
-        path, _ = self.engine.load_checkpoint(str(directory), tag="deepspeed", load_lr_scheduler_states=False)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {directory}")
+        """(canonical name, full fp32 tensor on the host); to be consumed on all ranks together, each parameter comes out on one."""
+        for _, name, tensor in self.state.tensors(("weights",)):
+            yield name, tensor

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megadsl.checkpoint.store import CheckpointInfo, CheckpointStore, library_versions
-from megadsl.checkpoint.weights import write_weights
+from megadsl.checkpoint.manifest import CheckpointInfo, library_versions
 from megadsl.config import Config, save_config
 from megadsl.data.objective import Datasets, open_datasets
 from megadsl.data.sampler import MicroBatches
@@ -25,6 +23,7 @@ from megadsl.monitor.writer import MetricsWriter
 from megadsl.parallel.device import peak_memory_bytes, prepare_device
 from megadsl.parallel.groups import destroy_groups, initialize_groups
 from megadsl.schemes.run import run_statistics
+from megadsl.training.checkpointing import Checkpointer, SaveResult, load_state
 from megadsl.training.engine import Engine, StepResult
 from megadsl.training.preflight import Preflight, preflight
 from megadsl.training.schedule import learning_rate
@@ -61,12 +60,23 @@ class Run:
     """One process of a run. The process groups exist."""
 
     def __init__(self, config: Config, ready: Preflight, device: torch.device):
-        topology, checkpoint = ready.topology, ready.checkpoint
+        topology = ready.topology
         self.config, self.topology, self.device, self.tokenizer = config, topology, device, ready.tokenizer
         self.coordinate = topology.coordinate(ready.launch.rank)
         self.is_main = ready.launch.rank == 0
         self.run_dir = Path(config.training.run_dir)
-        self.store = CheckpointStore(self.run_dir / "checkpoints")
+        self.progress = Progress(config.training.train_iters, 0, self.is_main)
+        self.checkpointer = Checkpointer(config, lambda text: self.progress.log(text))
+        try:
+            self._set_up(ready)
+        except BaseException:
+            self.checkpointer.close()
+            raise
+
+    def _set_up(self, ready: Preflight) -> None:
+        config, topology, device = self.config, self.topology, self.device
+        self.store = self.checkpointer.store
+        checkpoint = self.checkpointer.resume(ready)
         self.padded_vocab_size = config.tokenizer.padded_vocab_size(self.tokenizer.vocab_size)
         info = checkpoint.info if checkpoint else None
         self.position = Position()
@@ -76,14 +86,17 @@ class Run:
         self.datasets: Datasets = open_datasets(
             config, self.tokenizer.sha256, train_samples=self.position.consumed_samples + self.left
         )
-        self.plan = ready.plan
+        self.plan = checkpoint.plan() if checkpoint else ready.plan
         self.engine = Engine(
             config, define_model(config, self.plan, self.padded_vocab_size), topology, self.coordinate, device
         )
         if checkpoint:
-            self.engine.load(checkpoint.path)
+            load_state(self.engine.state, checkpoint)
+            if info.optimizer_steps is None:
+                self.progress.log(f"{checkpoint.path} has no optimizer state: the optimizer starts anew")
         self.writer = self._make_writer() if self.is_main else None
-        self.saved_iteration = self.position.iteration if checkpoint else -1
+        self.saved_iteration = self.attempted_iteration = self.position.iteration if checkpoint else -1
+        self.resumed_topology = checkpoint.topology if checkpoint else topology
 
     def _make_writer(self) -> MetricsWriter:
         writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard)
@@ -99,7 +112,9 @@ class Run:
             with Progress(self.config.training.train_iters, self.position.iteration, self.is_main) as self.progress:
                 self._announce()
                 self._run()
+                self._report(self.checkpointer.wait())
         finally:
+            self.checkpointer.close()
             if self.writer:
                 self.writer.close()
         return self.store.path(self.saved_iteration)
@@ -113,7 +128,7 @@ class Run:
         while self.position.iteration < training.train_iters:
             self._iteration(batches, interval)
         self._validate(final=True)
-        if self.saved_iteration != self.position.iteration:
+        if self.attempted_iteration != self.position.iteration:
             self._save()
 
     def _iteration(self, batches: Iterator, interval: "Interval") -> None:
@@ -123,6 +138,8 @@ class Run:
         self.position.iteration = done = index + 1
         self.position.consumed_samples += training.global_batch_size
         self._count_skips(result)
+        if self.is_main and self.config.checkpoint.on_save_error == "continue" and self.checkpointer.finished():
+            self._report(self.checkpointer.wait())
         if self.writer:
             self.writer.write(done, {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.gradient_norm})
         self.progress.advance(done, result.loss)
@@ -173,26 +190,28 @@ class Run:
         self.progress.log(f"iteration {self.position.iteration} | validation loss {loss:.4f} nats per token{note}")
 
     def _save(self) -> None:
-        iteration = self.position.iteration
-        if self.is_main:
-            self.store.begin(iteration)
-        dist.barrier()
-        staging = self.store.staging(iteration)
-        self.engine.save(staging)
-        write_weights(staging, self.coordinate.pipeline, self.engine.full_parameters())
-        dist.barrier()
-        if self.is_main:
-            info = CheckpointInfo(
-                iteration, self.position.consumed_samples, self.position.skipped, self.position.loss,
-                self.topology.tensor, self.topology.pipeline, self.topology.data, self.config.parallel.zero_stage,
-                self.padded_vocab_size, self.tokenizer.sha256, library_versions(),
-            )
-            path = self.store.commit(
-                info, self.config, self.plan, Path(self.config.tokenizer.model), self.config.checkpoint.keep_last
-            )
-            self.progress.log(f"iteration {iteration} | saved {path}")
-        dist.barrier()
-        self.saved_iteration = iteration
+        self._report(self.checkpointer.wait())
+        position = self.position
+        info = CheckpointInfo(
+            position.iteration, position.consumed_samples, position.skipped, position.loss, self.topology.tensor,
+            self.topology.pipeline, self.topology.data, self.config.parallel.zero_stage, self.padded_vocab_size,
+            self.tokenizer.sha256, library_versions(), self.engine.state.steps(), self.engine.state.loss_scaler(),
+        )
+        self.attempted_iteration = position.iteration
+        self._report(self.checkpointer.save(self.engine.state, info, self.plan, Path(self.config.tokenizer.model)))
+
+    def _report(self, result: SaveResult | None) -> None:
+        if result is None:
+            return
+        if result.error is None:
+            self.saved_iteration = result.iteration
+            self.progress.log(f"iteration {result.iteration} | saved {result.path}")
+            return
+        good = self.store.path(self.saved_iteration) if self.saved_iteration >= 0 else "none"
+        sentence = f"checkpoint of iteration {result.iteration} was not saved ({result.error}); the last good one is {good}"
+        if self.config.checkpoint.on_save_error == "stop":
+            raise UserError(f"The {sentence} (checkpoint.on_save_error=stop).")
+        self.progress.log(f"error: the {sentence}; training goes on")
 
     def _batches(self, dataset, consumed_samples: int, num_samples: int, num_workers: int) -> MicroBatches:
         training = self.config.training
@@ -213,7 +232,9 @@ class Run:
         if done >= wanted:
             self.progress.log(f"this run is complete at iteration {done}; raise training.train_iters above {done} to go on")
         elif done:
-            self.progress.log(f"resuming after iteration {done}")
+            saved = self.resumed_topology.describe()
+            change = "" if saved == self.topology.describe() else f" (saved with {saved})"
+            self.progress.log(f"resuming after iteration {done}{change}")
 
 
 class Interval:

@@ -1,9 +1,9 @@
 """Everything that can be wrong with a run, checked in well under a second: before torch is loaded or a process group made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megadsl.checkpoint.store import Checkpoint, CheckpointStore, check_same_layout, open_checkpoint
+from megadsl.checkpoint.store import Checkpoint, CheckpointStore
 from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
 from megadsl.data.dataset import check_datasets
@@ -24,6 +24,7 @@ class Preflight:
     tokenizer: Tokenizer
     checkpoint: Checkpoint | None
     plan: SignalPlan
+    problems: dict[Path, str] = field(default_factory=dict)  # newer checkpoints that are not usable
 
 
 def preflight(config: Config) -> Preflight:
@@ -39,22 +40,29 @@ def preflight(config: Config) -> Preflight:
     )
     deepspeed_config(config, launch.world_size)
     tokenizer = check_datasets(config)
-    checkpoint = _checkpoint_to_resume(config, topology)
+    checkpoint, problems = resume_point(config, {})
     plan = checkpoint.plan() if checkpoint else plan_for_run(config)
     try:
         Path(config.training.run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"training.run_dir {config.training.run_dir} cannot be made ({error.strerror}); choose another folder.") from error
-    return Preflight(launch, topology, tokenizer, checkpoint, plan)
+    return Preflight(launch, topology, tokenizer, checkpoint, plan, problems)
 
 
-def _checkpoint_to_resume(config: Config, topology: Topology) -> Checkpoint | None:
-    """The checkpoint to resume from, if the run folder has one that fits this config."""
-    newest = CheckpointStore(Path(config.training.run_dir) / "checkpoints").latest()
-    if newest is None:
-        return None
-    checkpoint = open_checkpoint(newest)
-    check_same_layout(checkpoint, topology, config.parallel.zero_stage)
+def resume_point(config: Config, excluded: dict[Path, str]) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest usable checkpoint of the run folder, and what is wrong with the newer ones; `excluded` are known to be damaged.
+
+    The layout (parallel.*) may change, and so may the batch sizes: the position is counted in samples, so the run goes on with
+    the next one. What would make another model or another order of the data is refused.
+    """
+    checkpoint, problems = CheckpointStore(Path(config.training.run_dir) / "checkpoints").newest_usable(excluded)
+    if checkpoint is not None:
+        _check_same_run(config, checkpoint)
+    return checkpoint, problems
+
+
+def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:
+    newest = checkpoint.path
     saved = checkpoint.config()
     if saved.training.seed != config.training.seed:
         raise UserError(
@@ -69,4 +77,3 @@ def _checkpoint_to_resume(config: Config, topology: Topology) -> Checkpoint | No
                     f"{section}.{key} is {getattr(ours, key)}, but {newest} was trained with {getattr(theirs, key)}; "
                     "set it back or choose another training.run_dir."
                 )
-    return checkpoint
