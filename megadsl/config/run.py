@@ -57,13 +57,15 @@ class Config(Section):
     def _objective_fits(self) -> "Config":
         data, family = self.data, self.model.family
         belongs = {
-            "reset_position_ids": ("decoder", "encoder"), "reset_attention_mask": ("decoder", "encoder"),
-            "eod_mask_loss": ("decoder",), "prefix_lm": ("decoder",),
-            "masking_do_full_word": ("encoder",), "sentence_order": ("encoder",),
+            ("decoder", "encoder"): ("reset_position_ids", "reset_attention_mask"),
+            ("decoder",): ("eod_mask_loss", "prefix_lm"),
+            ("encoder",): ("masking_probability", "masking_do_full_word", "sentence_order"),
+            ("encoder_decoder",): ("denoising", "noise_density", "mean_noise_span_length"),
         }
-        for key, families in belongs.items():
-            if getattr(data, key) and family not in families:
-                raise ValueError(f"data.{key} does not go with model.family {family}; it is an option of {' and '.join(families)}")
+        for families, keys in belongs.items():
+            for key in keys:
+                if family not in families and getattr(data, key) != DataConfig.model_fields[key].default:
+                    raise ValueError(f"data.{key} does not go with model.family {family}; it is an option of {' and '.join(families)}")
         resets = data.reset_position_ids or data.reset_attention_mask
         if data.sentence_order and resets:
             raise ValueError(

@@ -89,14 +89,15 @@ class Masked:
 
 
 def piece_classes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """By id, [vocabulary] bool: a word starts at it (U+2581); it is a word alone (spaces or punctuation); a line ends with it.
+    """By id, [vocabulary] bool: a word starts at it (U+2581); it is a word alone (indentation, punctuation); a line ends with it.
 
     As BERT's own pre-tokenizer does, punctuation stands alone, for in source code nothing else parts the words of a line. The
-    underscore belongs to its word, and so do byte pieces beyond ASCII, which are parts of a character.
+    underscore belongs to its word, and so do byte pieces beyond ASCII, which are parts of a character, and a single space, which
+    SentencePiece puts before the pieces of a rare word.
     """
     texts = tokenizer.texts_of_pieces
     starts = np.array([text.startswith(" ") for text in texts])
-    alone = np.array([text != "" and all(map(_separates, text)) for text in texts])
+    alone = np.array([text not in ("", " ") and all(map(_separates, text)) for text in texts])
     line_end = np.array([text.endswith("\n") for text in texts])
     return starts, alone, line_end
 
