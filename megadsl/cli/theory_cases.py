@@ -81,7 +81,7 @@ def _causal(layers: int, **changes) -> ModelConfig:
 def _measured(case: ModelCase, seed: int) -> list:
     from megadsl.theory.monte_carlo import sample_model
 
-    r_g = case.profile.final.gradient_correlation
+    r_g = case.profile.entering[1]
     return sample_model(case.shape, case.embedding, case.profile.sublayers, case.vocab_size, r_g, case.draws, seed,
         case.sequences).points
 

@@ -129,10 +129,13 @@ def check_models(cases: Sequence[ModelCase], seed: int, note: Callable = print) 
 
     rows = []
     for case in cases:
-        measured = sample_model(case.shape, case.embedding, case.profile.sublayers, case.vocab_size,
-                                case.profile.final.gradient_correlation, case.draws, seed, case.sequences)
+        # The sampler's gradient has no part along the state, which the last norm would take away.
+        variance, correlation = case.profile.entering
+        measured = sample_model(case.shape, case.embedding, case.profile.sublayers, case.vocab_size, correlation, case.draws, seed,
+                                case.sequences)
         points = np.array([point.values() for point in measured.points])
         expected = np.array([point.values() for point in (case.profile.embedding, *case.profile.predictions)])
+        expected[:, 2] /= variance
         errors = measured.standard_errors
         post = case.shape.outer_norm
         for column, quantity in enumerate(("forward_variance", "correlation", "gradient_variance", "gradient_correlation")):

@@ -137,9 +137,19 @@ def cross_entropy_gradient(hidden_size: float, vocab_size: int, repeat_probabili
     With logits of variance u: q_g = (u/d) (1 - 2/V + e^u/V + u/d), r_g = (pi_2 - 2/V + e^{ru}/V + ru/d) / (1 - 2/V + e^u/V +
     u/d).
     """
+    same, other = cross_entropy_overlaps(hidden_size, vocab_size, repeat_probability, correlation, logit_variance)
+    return logit_variance / hidden_size * same, min(1.0, max(0.0, other / same))
+
+
+def cross_entropy_overlaps(hidden_size: float, vocab_size: int, repeat_probability: float, correlation: float,
+                           logit_variance: float = 1.0) -> tuple[float, float]:
+    """(second moment, overlap of two tokens) of the same gradient in units of u/d.
+
+    The parts u/d and ru/d lie along h itself; a norm that makes h takes them away, so below it d is infinite here.
+    """
     u, size = logit_variance, float(vocab_size)
     # For u > ln V the softmax is one-hot and e^u/V, an expansion for a flat one, would run away; sum p^2 never exceeds 1.
     same = 1.0 - 2.0 / size + math.exp(min(u, math.log(size))) / size + min(u / hidden_size, 1.0)
     other = repeat_probability - 2.0 / size + math.exp(min(correlation * u, math.log(size))) / size \
         + min(correlation * u / hidden_size, 1.0)
-    return u / hidden_size * same, min(1.0, max(0.0, other / same))
+    return same, other

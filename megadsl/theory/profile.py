@@ -6,6 +6,7 @@ encoder_decoder runs its encoder first; the encoder's gradient is what the cross
 The gradient starts at the input of the head with variance 1 and the token correlation of the cross-entropy gradient at
 initialisation (inputs.cross_entropy_gradient; with masked-token prediction on a share f of positions it is f times that). BERT's
 transform W -> phi -> norm in front of the logits decorrelates it by E phi'phi'(r) / E phi'^2, r the token correlation of its input.
+What of it lies along the normed state ends at the norm that made that state, the last one of the stack or the transform's.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from megadsl.theory.grid import Gram, means, uniform_grid
-from megadsl.theory.inputs import cross_entropy_gradient
+from megadsl.theory.inputs import cross_entropy_overlaps
 from megadsl.theory.quadrature import dual_map
 from megadsl.theory.recursion import Stack
 from megadsl.theory.scalar import ScalarStack
@@ -48,6 +49,7 @@ class DepthProfile:
     """A whole model: after the embedding, after every sublayer (all stds filled in), and at the input of the head.
 
     positions: by stack, arrays "position" [B], "forward_variance" and "gradient_variance" [1 + sublayers, B] (matrix level only).
+    entering: (variance, token correlation) of the gradient that passes on from the head, without what the last norm takes away.
     """
 
     embedding: Prediction
@@ -55,6 +57,7 @@ class DepthProfile:
     predictions: tuple[Prediction, ...]
     final: Prediction
     positions: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    entering: tuple[float, float] = (1.0, 0.0)
 
     def to_dict(self) -> dict:
         """The object of the command-line contract."""
@@ -94,30 +97,33 @@ def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Subla
     stacks = [name for name in ("encoder", "decoder") if any(sublayer.stack == name for sublayer in sublayers)]
     grouped = {name: [sublayer for sublayer in sublayers if sublayer.stack == name] for name in stacks}
 
-    def start(correlation: float) -> float:
+    def start(correlation: float) -> tuple[float, tuple[float, float]]:
         if gradient_correlation is not None:
-            return gradient_correlation
+            return gradient_correlation, (1.0, gradient_correlation)
         return _head_gradient(shape, embedding, vocab_size, head or Head(), correlation)
 
     return run(shape, embedding, grouped, start)
 
 
-def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, head: Head, r: float) -> float:
-    """Token correlation of the gradient at a head whose input has token correlation r."""
+def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, head: Head,
+                   r: float) -> tuple[float, tuple[float, float]]:
+    """(token correlation of the gradient at a head whose input has token correlation r, DepthProfile.entering)."""
     share = head.predicted_share
     if share is None:
         share = MASKED_SHARE if shape.family == "encoder" else 1.0
     width = float(shape.hidden_size)
+    below = math.inf if shape.final_norm or shape.outer_norm else width
     if head.dense_std is not None:
         unit, _ = dual_map(UNGATED.get(shape.activation, shape.activation), math.sqrt(shape.hidden_size) * head.dense_std)
         share *= float(unit.derivative(np.array(r))) / unit.gain
         # LayerNorm takes away the mean over features, which every token has.
         mean = float(unit.overlap(np.array(0.0))) if shape.normalization == "LayerNorm" else 0.0
         r = (float(unit.overlap(np.array(r))) - mean) / (unit.second_moment - mean)
-        # What overlaps by r u / d lies along the normed state itself, and the norm in front takes it away.
-        width = math.inf
+        width = below = math.inf
     repeats = embedding.repeat_probability if head.repeat_probability is None else head.repeat_probability
-    return share * cross_entropy_gradient(width, vocab_size, repeats, r, head.logit_variance)[1]
+    moments = [cross_entropy_overlaps(d, vocab_size, repeats, r, head.logit_variance) for d in (width, below)]
+    at_head, entering = (min(1.0, max(0.0, share * other / same)) for same, other in moments)
+    return at_head, (moments[1][0] / moments[0][0], entering)
 
 
 def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
@@ -131,9 +137,9 @@ def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
         memory = Gram(np.full((1, 1), overlap), np.full(1, second))
         stacks.append(stack)
     last = stacks[-1]
-    r_g = start(overlap / second)
+    r_g, entering = start(overlap / second)
     blocks = len(last.grid.sizes)
-    gradient, found = Gram(np.full((blocks, blocks), r_g), np.ones(blocks)), {}
+    gradient, found = Gram(np.full((blocks, blocks), entering[0] * entering[1]), np.full(blocks, entering[0])), {}
     for stack in reversed(stacks):
         found[stack.name], at_memory = stack.backward(gradient)
         if at_memory is not None:
@@ -150,7 +156,7 @@ def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
             "gradient_variance": np.stack([gradient.diag for gradient in found[stack.name]]),
         }
     final = Prediction(second, overlap / second, 1.0, r_g)
-    return DepthProfile(points[0][0], tuple(solved), tuple(p for part in points for p in part[1:]), final, positions)
+    return DepthProfile(points[0][0], tuple(solved), tuple(p for part in points for p in part[1:]), final, positions, entering)
 
 
 def _prediction(stack: Stack, stream: Gram, gradient: Gram) -> Prediction:
@@ -173,8 +179,8 @@ def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
         q, c = means(positions.grid, positions.embed(embedding))
         memory = q, r = stack.final(*stack.forward(q, c / q, sublayers))
         stacks.append(stack)
-    r_g = start(r)
-    gradient, found = (1.0, r_g), {}
+    r_g, entering = start(r)
+    gradient, found = (entering[0], entering[0] * entering[1]), {}
     for stack in reversed(stacks):
         found[stack.name], gradient = stack.backward(*gradient)
     points, solved = [], []
@@ -183,4 +189,4 @@ def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
         points.append([_point(q, q * r, q_g, c_g) for (q, r), (q_g, c_g) in zip(states, found[stack.name], strict=True)])
         solved += [step.sublayer for step in stack.steps]
     final = Prediction(q, r, 1.0, r_g)
-    return DepthProfile(points[0][0], tuple(solved), tuple(p for part in points for p in part[1:]), final)
+    return DepthProfile(points[0][0], tuple(solved), tuple(p for part in points for p in part[1:]), final, entering=entering)
