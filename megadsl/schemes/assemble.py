@@ -9,7 +9,8 @@ from typing import Literal
 
 from megadsl.config.model import ModelConfig
 from megadsl.schemes.plan import (
-    ATTENTION_ROLES, FFN_ROLES, EmbeddingPlan, Gate, HeadPlan, Kind, NormPosition, SignalPlan, Stack, StreamPrediction, SublayerPlan,
+    ATTENTION_ROLES, FFN_ROLES, EmbeddingPlan, Gate, HeadPlan, Kind, NormPosition, SignalPlan, Stack, StreamPrediction,
+    SublayerPlan,
 )
 from megadsl.theory.inputs import TokenStatistics
 from megadsl.theory.profile import DepthProfile, propagate

@@ -1,5 +1,5 @@
-"""`completep` and `depth_mup`: hyperparameters that carry over from a small model to a deep and wide one (CompleteP, arXiv 2505.01618,
-table 1; depth-muP, arXiv 2310.02244).
+"""`completep` and `depth_mup`: hyperparameters that carry over from a small model to a deep and wide one (CompleteP, arXiv
+2505.01618, table 1; depth-muP, arXiv 2310.02244).
 
 x + m_L^-a f(N(x)), a = 1 (completep) or 1/2 (depth_mup), m_L = L / base_num_layers
 
@@ -8,8 +8,8 @@ With m_N = hidden_size / base_hidden_size, and in units of the optimizer's own n
   norms, biases, gates     -                  lr m_L^(a-1)          eps m_N^-1 m_L^-a
   tables, output matrix    std .02            lr 1                  eps m_N^-1          logits times m_N^-1
 as in the authors' code (nanoGPT-mup), but for its one eps, which takes the factor of the layers for the tables too; table 1, as
-others transcribe it, has the two. Roles do not tell the final norm and head from those of the layers, so depth_mup lowers their lr
-by m_L^-1/2 where the paper has 1. BERT's dense transform follows the width's rules alone. L counts all layers of an
+others transcribe it, has the two. Roles do not tell the final norm and head from those of the layers, so depth_mup lowers their
+lr by m_L^-1/2 where the paper has 1. BERT's dense transform follows the width's rules alone. L counts all layers of an
 encoder_decoder, which the paper does not have. Scores keep 1/sqrt(d_h), which is muP's 1/d_h when the width grows by heads of one
 size.
 """
@@ -56,5 +56,7 @@ def role_factors(width: float, depth: float, exponent: float) -> dict[str, dict[
         (TABLES, {"eps": 1.0 / width}),
         (("head_dense",), {"lr": 1.0 / width, "eps": 1.0 / width, "weight_decay": width}),
     ]
-    found = {role: {name: factor for name, factor in factors.items() if factor != 1.0} for roles, factors in rules for role in roles}
+    found = {
+        role: {name: factor for name, factor in factors.items() if factor != 1.0} for roles, factors in rules for role in roles
+    }
     return {role: factors for role, factors in found.items() if factors}

@@ -4,8 +4,8 @@ N(alpha x + f(N(x))), alpha = S residual additions of the stack, every std .02
 
 Goes with model.norm_position=post; there is no further norm at the end. Checked against abstracts and summaries of the paper and
 against two independent re-implementations, which agree on the form and on alpha = number of sublayers. Not checked, because the
-paper's own text was not at hand: whether its first layer is left Pre-LN (one re-implementation does that; here it is not), and its
-stds (it says that no special initialisation is needed; .02 is `vanilla` without the factor of the last matrix).
+paper's own text was not at hand: whether its first layer is left Pre-LN (one re-implementation does that; here it is not), and
+its stds (it says that no special initialisation is needed; .02 is `vanilla` without the factor of the last matrix).
 """
 
 from megadsl.config.model import ModelConfig, SchemeConfig

@@ -131,8 +131,8 @@ def check_models(cases: Sequence[ModelCase], seed: int, note: Callable = print) 
     for case in cases:
         # The sampler's gradient has no part along the state, which the last norm would take away.
         variance, correlation = case.profile.entering
-        measured = sample_model(case.shape, case.embedding, case.profile.sublayers, case.vocab_size, correlation, case.draws, seed,
-                                case.sequences)
+        measured = sample_model(case.shape, case.embedding, case.profile.sublayers, case.vocab_size, correlation, case.draws,
+                                seed, case.sequences)
         points = np.array([point.values() for point in measured.points])
         expected = np.array([point.values() for point in (case.profile.embedding, *case.profile.predictions)])
         expected[:, 2] /= variance

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b8860b", "#444444", "#17a2a2", "#d6338a", "#7a9a01", "#6b4226", "#8898aa")
+COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b8860b", "#444444", "#17a2a2", "#d6338a", "#7a9a01", "#6b4226",
+           "#8898aa")
 # Curves that lie on each other (all schemes that start as the identity) stay visible through the gaps of later ones.
 FIRST, *LATER = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 PANELS = (

@@ -5,7 +5,7 @@ encoder_decoder runs its encoder first; the encoder's gradient is what the cross
 
 The gradient starts at the input of the head with variance 1 and the token correlation of the cross-entropy gradient at
 initialisation (inputs.cross_entropy_gradient; with masked-token prediction on a share f of positions it is f times that). BERT's
-transform W -> phi -> norm in front of the logits decorrelates it by E phi'phi'(r) / E phi'^2, r the token correlation of its input.
+transform W -> phi -> norm in front of the logits decorrelates it by E phi'phi'(r) / E phi'^2, r the correlation of its input.
 What of it lies along the normed state ends at the norm that made that state, the last one of the stack or the transform's.
 """
 

@@ -4,7 +4,8 @@
             Gam <- lambda^2 Gam + beta^2 B(Gam) / sqrt((q_t + eps)(q_t' + eps))
   Post-LN   Q <- N(Y), Y = lambda^2 Q + beta^2 F(Q);    Gam <- (lambda^2 + beta^2 B)(Gam / sqrt((y_t + eps)(y_t' + eps)))
 Both norms (Keel) and none (ReZero) are the same lines with both factors or neither; a fixed factor s on the norm in front of the
-branch multiplies N(Q) and B by s^2. F is the branch's Gram matrix (attention.py; FFN elementwise by quadrature.DualMap), B its backward map; hidden dropout divides
+branch multiplies N(Q) and B by s^2.
+F is the branch's Gram matrix (attention.py; FFN elementwise by quadrature.DualMap), B its backward map; hidden dropout divides
 diagonals by 1-p. Post-LN rows are divided by their own fluctuating norms: the correlation loses rho/(1+rho)^2 (1-r)(2+r)/d a
 sublayer, rho = beta^2 q_F / lambda^2. Source: THEORY.md, sections 6 and 6b.
 

@@ -67,8 +67,8 @@ def _read(table: list[tuple], r: float) -> list[float]:
 
 @dataclass
 class ScalarStep:
-    """One sublayer: state behind it, 1 / second moment at its norms (1 where there is none; the inner one with its factor), and the
-    linear gradient map of its branch."""
+    """One sublayer: state behind it, 1 / second moment at its norms (1 where there is none; the inner one with its factor), and
+    the linear gradient map of its branch."""
 
     sublayer: Sublayer
     q: float
@@ -171,7 +171,7 @@ class ScalarStack:
     def _attention(self, sublayer: Sublayer, unit: float, r: float, keep: float) -> tuple:
         weights, shape, cross = sublayer.weight_std, self.shape, sublayer.kind == "cross_attention"
         keys = self.memory_q if cross else unit
-        # Scores have the scale of queries times keys; the table, whose inputs have second moment 1, is the same to a relative 1 %.
+        # Scores have the scale of queries times keys; the table, for inputs of second moment 1, is the same to a relative 1 %.
         kappa = (shape.hidden_size * weights["query"] * weights["key"]) ** 2 * unit * keys
         key = (round(math.log(max(kappa, 1e-12)), 2), cross)
         if key not in self._tables:

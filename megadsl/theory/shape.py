@@ -45,7 +45,7 @@ class ModelShape:
 
     @property
     def projected(self) -> float:
-        """Share of a gradient's variance that the projections of one norm leave: LayerNorm's two directions of d, RMSNorm's one."""
+        """Share of a gradient's variance that the projections of one norm leave: LayerNorm has two directions, RMSNorm one."""
         return 1.0 - (2.0 if self.normalization == "LayerNorm" else 1.0) / self.hidden_size
 
     @property
