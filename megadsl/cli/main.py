@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from megadsl.cli import data, doctor, evaluate, generate, plan, theory, tokenizer, train
+from megadsl.cli import checkpoint, data, doctor, evaluate, generate, plan, theory, tokenizer, train
 from megadsl.errors import UserError
 from megadsl.parallel.launch import launched_rank
 
@@ -13,6 +13,7 @@ app = typer.Typer(
     help="Train very deep transformers with DeepScaleLM, and predict their signal before you do.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)

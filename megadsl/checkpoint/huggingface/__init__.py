@@ -1,0 +1,1 @@
+"""Models as Hugging Face transformers has them: one mapping file an architecture family, read in both directions."""
