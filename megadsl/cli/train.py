@@ -13,12 +13,14 @@ def train(
     """Train, or resume where the run folder's last checkpoint is."""
     config = config_from_arguments(arguments)
     from megadsl.training.preflight import preflight
+    from megadsl.training.signals import Stop
 
-    ready = preflight(config)
-    # Only now: these imports take seconds, which a mistake in the config should not cost.
-    from megadsl.training.loop import train as run_training
+    with Stop() as stop:
+        ready = preflight(config)
+        # Only now: these imports take seconds, which a mistake in the config should not cost.
+        from megadsl.training.loop import train as run_training
 
-    checkpoint = run_training(config, ready)
+        checkpoint = run_training(config, ready, stop)
     if ready.launch.rank == 0:
         run_dir = Path(config.training.run_dir)
         print(

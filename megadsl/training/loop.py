@@ -25,8 +25,10 @@ from megadsl.parallel.groups import destroy_groups, initialize_groups
 from megadsl.schemes.run import run_statistics
 from megadsl.training.checkpointing import Checkpointer, SaveResult, load_state
 from megadsl.training.engine import Engine, StepResult
+from megadsl.training.hang import Watch, lost_ranks_are_a_sentence
 from megadsl.training.preflight import Preflight, preflight
 from megadsl.training.schedule import learning_rate
+from megadsl.training.signals import Stop, record_job
 
 
 @dataclass
@@ -40,8 +42,10 @@ class Position:
     loss: float | None = None
 
 
-def train(config: Config, ready: Preflight | None = None) -> Path:
+def train(config: Config, ready: Preflight | None = None, stop: Stop | None = None) -> Path:
     """Run (or resume) the training that `config` describes; returns the folder of the last checkpoint.
+
+    Exits (SystemExit) after a checkpoint where `stop` was asked for by a signal.
 
     Raises:
         UserError: before any process group is made, where something does not fit (preflight.py); later, where too many
@@ -51,7 +55,8 @@ def train(config: Config, ready: Preflight | None = None) -> Path:
     device = prepare_device(config.training.device, ready.launch.local_rank)
     initialize_groups(ready.launch, ready.topology, device, config.parallel.timeout_minutes)
     try:
-        return Run(config, ready, device).run()
+        with lost_ranks_are_a_sentence(ready.launch.rank):
+            return Run(config, ready, device, stop or Stop()).run()
     finally:
         destroy_groups()
 
@@ -59,12 +64,13 @@ def train(config: Config, ready: Preflight | None = None) -> Path:
 class Run:
     """One process of a run. The process groups exist."""
 
-    def __init__(self, config: Config, ready: Preflight, device: torch.device):
+    def __init__(self, config: Config, ready: Preflight, device: torch.device, stop: Stop):
         topology = ready.topology
         self.config, self.topology, self.device, self.tokenizer = config, topology, device, ready.tokenizer
         self.coordinate = topology.coordinate(ready.launch.rank)
         self.is_main = ready.launch.rank == 0
         self.run_dir = Path(config.training.run_dir)
+        self.stop, self.watch = stop, Watch(config.training.hang_minutes, self.run_dir, ready.launch.rank)
         self.progress = Progress(config.training.train_iters, 0, self.is_main)
         self.checkpointer = Checkpointer(config, lambda text: self.progress.log(text))
         try:
@@ -117,6 +123,8 @@ class Run:
             self.checkpointer.close()
             if self.writer:
                 self.writer.close()
+        if self.stop.code:
+            self.stop.leave(self.is_main)
         return self.store.path(self.saved_iteration)
 
     def _run(self) -> None:
@@ -127,14 +135,18 @@ class Run:
         interval = Interval(self.config, self.padded_vocab_size, self.topology.world_size, start)
         while self.position.iteration < training.train_iters:
             self._iteration(batches, interval)
-        self._validate(final=True)
+            if self.stop.agreed(self.device):
+                break
+        else:
+            self._validate(final=True)
         if self.attempted_iteration != self.position.iteration:
             self._save()
 
     def _iteration(self, batches: Iterator, interval: "Interval") -> None:
         training, index = self.config.training, self.position.iteration
         lr = learning_rate(index, self.config.optimizer, training.train_iters)
-        result = self.engine.train_step(batches, index, lr)
+        with self.watch:
+            result = self.engine.train_step(batches, index, lr)
         self.position.iteration = done = index + 1
         self.position.consumed_samples += training.global_batch_size
         self._count_skips(result)
@@ -191,6 +203,8 @@ class Run:
 
     def _save(self) -> None:
         self._report(self.checkpointer.wait())
+        if self.writer:
+            self.writer.flush()  # a run that resumes from here keeps the curve up to here
         position = self.position
         info = CheckpointInfo(
             position.iteration, position.consumed_samples, position.skipped, position.loss, self.topology.tensor,
@@ -235,6 +249,9 @@ class Run:
             saved = self.resumed_topology.describe()
             change = "" if saved == self.topology.describe() else f" (saved with {saved})"
             self.progress.log(f"resuming after iteration {done}{change}")
+        job = record_job(self.run_dir) if self.is_main else ""
+        if job:
+            self.progress.log(job)
 
 
 class Interval:

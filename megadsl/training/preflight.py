@@ -13,6 +13,7 @@ from megadsl.parallel.launch import Launch, discover_launch
 from megadsl.parallel.topology import Topology
 from megadsl.schemes.plan import SignalPlan
 from megadsl.schemes.run import plan_for_run
+from megadsl.training.signals import check_requeue
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def preflight(config: Config) -> Preflight:
         UserError: the first thing that does not fit.
     """
     launch = discover_launch()
+    check_requeue()
     topology = Topology(
         config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size,
         config.data_parallel_size(launch.world_size),

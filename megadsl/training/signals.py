@@ -81,7 +81,8 @@ class Stop:
         if state != "RUNNING":
             return f"SLURM itself ends job {job} ({state.lower()}); the run does not requeue it"
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-        if done.returncode:
+        # Below zero: SLURM, requeueing the job, has already killed scontrol, which runs in it.
+        if done.returncode > 0:
             return f"job {job} could not be requeued ({done.stderr.strip()}); submit it again to go on, or set MEGADSL_REQUEUE=exit"
         return f"job {job} is requeued and goes on from here"
 

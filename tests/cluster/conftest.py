@@ -1,16 +1,20 @@
-"""A real two-node SLURM for the session. Tests talk to it through sbatch, srun, scontrol and squeue alone."""
+"""A real two-node SLURM for the session, and a user's project. Tests talk to it through sbatch, srun, scontrol and squeue alone."""
 
 import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+from jobs import ITERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = os.environ["PATH"] + os.pathsep + "/usr/sbin"
@@ -60,9 +64,27 @@ class Cluster:
             state = re.search(r"JobState=(\S+)", record).group(1)
             if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
                 break
+            if "Reason=BeginTime" in record:
+                self.start_now(job)
             assert time.monotonic() < deadline, f"job {job} is still {state}:\n{(cwd / f'{job}.log').read_text()}"
             time.sleep(0.3)
         return Job(state, re.search(r"\bNodeList=(\S+)", record).group(1), (cwd / f"{job}.log").read_text())
+
+
+    def start_now(self, job: str, seconds: float = 30) -> None:
+        """A requeued job would wait two minutes; wait until SLURM lets it start at once."""
+        deadline = time.monotonic() + seconds
+        while "Reason=BeginTime" not in self.run("scontrol", "show", "job", job):
+            assert time.monotonic() < deadline, f"job {job} is not requeued"
+            time.sleep(0.2)
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def wait_for_line(self, job: str, pattern: str, cwd: Path, seconds: float = 80) -> None:
+        """Wait until the log of a job has a line that matches."""
+        deadline = time.monotonic() + seconds
+        while not ((cwd / f"{job}.log").exists() and re.search(pattern, (cwd / f"{job}.log").read_text())):
+            assert time.monotonic() < deadline, f"no line {pattern!r} from job {job}:\n{(cwd / f'{job}.log').read_text()}"
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +110,29 @@ def cluster():
         left = subprocess.run(["pgrep", "-f", f"{folder}/"], capture_output=True, text=True).stdout
         assert not left, f"local_cluster.sh down left processes: {left}"
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Path:
+    """A user's folder, not the repository: data made by the product's own commands, and a config with relative paths."""
+    folder = tmp_path_factory.mktemp("project")
+    asyncio = str(Path(sysconfig.get_paths()["stdlib"]) / "asyncio")
+    for command in (
+        f"data corpus {asyncio} --output corpus --max-document-chars 4000 --validation-fraction 0.1 --test-fraction 0.1",
+        "tokenizer train --corpus corpus --output tokenizer.model --vocab-size 400",
+        "data preprocess --corpus corpus --tokenizer tokenizer.model --output dataset --workers 1 --seq-length 32",
+    ):
+        done = subprocess.run([sys.executable, "-m", "megadsl", *command.split()], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    config = {
+        "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32},
+        "parallel": {"zero_stage": 1},
+        "tokenizer": {"model": "tokenizer.model"},
+        "data": {"datasets": ["dataset"], "num_workers": 0},
+        "optimizer": {"lr": 1e-2, "lr_warmup_iters": 2},
+        "training": {"run_dir": "run", "train_iters": ITERATIONS, "micro_batch_size": 4, "global_batch_size": 8, "eval_interval": 0,
+                     "eval_iters": 0},
+        "monitor": {"log_interval": 4, "tensorboard": False},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder

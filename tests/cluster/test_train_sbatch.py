@@ -1,52 +1,16 @@
 """slurm/train.sbatch on a real two-node SLURM: a run over two nodes, a bad config, and two jobs side by side."""
 
-import json
 import math
 import re
 import subprocess
-import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import pytest
-import yaml
+from jobs import ITERATIONS, losses
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = str(ROOT / "slurm/train.sbatch")
-ITERATIONS = 12
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """A user's folder, not the repository: data made by the product's own commands, and a config with relative paths."""
-    folder = tmp_path_factory.mktemp("project")
-    asyncio = str(Path(sysconfig.get_paths()["stdlib"]) / "asyncio")
-    for command in (
-        f"data corpus {asyncio} --output corpus --max-document-chars 4000 --validation-fraction 0.1 --test-fraction 0.1",
-        "tokenizer train --corpus corpus --output tokenizer.model --vocab-size 400",
-        "data preprocess --corpus corpus --tokenizer tokenizer.model --output dataset --workers 1 --seq-length 32",
-    ):
-        done = subprocess.run([sys.executable, "-m", "megadsl", *command.split()], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    config = {
-        "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32},
-        "parallel": {"zero_stage": 1},
-        "tokenizer": {"model": "tokenizer.model"},
-        "data": {"datasets": ["dataset"], "num_workers": 0},
-        "optimizer": {"lr": 1e-2, "lr_warmup_iters": 2},
-        "training": {"run_dir": "run", "train_iters": ITERATIONS, "micro_batch_size": 4, "global_batch_size": 8, "eval_interval": 0,
-                     "eval_iters": 0},
-        "monitor": {"log_interval": 4, "tensorboard": False},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    return folder
-
-
-def losses(run: Path) -> dict[int, float]:
-    """iteration -> training loss."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {record["iteration"]: record["train/loss"] for record in records if "train/loss" in record}
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").iterdir() if path.suffix in (".sh", ".sbatch", ".env")))
