@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from megadsl.cli import checkpoint, data, doctor, evaluate, generate, plan, theory, tokenizer, train
+from megadsl.cli import checkpoint, data, doctor, evaluate, generate, plan, slurm, theory, tokenizer, train
 from megadsl.errors import UserError
 from megadsl.parallel.launch import launched_rank
 
@@ -20,6 +20,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.add_typer(slurm.app, name="slurm")
 app.add_typer(theory.app, name="theory")
 app.add_typer(tokenizer.app, name="tokenizer")
 

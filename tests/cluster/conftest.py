@@ -56,8 +56,9 @@ class Cluster:
         """sbatch; returns the job id."""
         return self.run("sbatch", "--parsable", "--output=%j.log", *arguments, cwd=cwd).strip()
 
-    def wait(self, job: str, cwd: Path, seconds: float = 80) -> Job:
+    def wait(self, job: str, cwd: Path, seconds: float = 80, log: str | None = None) -> Job:
         """Wait for the end of a job."""
+        path = cwd / (log or f"{job}.log")
         deadline = time.monotonic() + seconds
         while True:
             record = self.run("scontrol", "show", "job", job)
@@ -66,9 +67,9 @@ class Cluster:
                 break
             if "Reason=BeginTime" in record:
                 self.start_now(job)
-            assert time.monotonic() < deadline, f"job {job} is still {state}:\n{(cwd / f'{job}.log').read_text()}"
+            assert time.monotonic() < deadline, f"job {job} is still {state}:\n{path.read_text() if path.exists() else ''}"
             time.sleep(0.3)
-        return Job(state, re.search(r"\bNodeList=(\S+)", record).group(1), (cwd / f"{job}.log").read_text())
+        return Job(state, re.search(r"\bNodeList=(\S*)", record).group(1), path.read_text() if path.exists() else '')
 
 
     def start_now(self, job: str, seconds: float = 30) -> None:
