@@ -54,6 +54,8 @@ def write_tensors(
 def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> FileRecord:
     header, offset = {}, 0
     for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}; checkpoints hold fp32")
         end = offset + tensor.numel() * 4
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
