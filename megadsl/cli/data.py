@@ -1,13 +1,15 @@
-"""`megadsl data`: raw text -> corpus -> dataset, and the token statistics of a dataset."""
+"""`megadsl data`: raw text -> corpus -> dataset, the token statistics of a dataset, and the samples that a run makes of it."""
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import typer
 
+from megadsl.cli.arguments import config_from_arguments
 from megadsl.parallel.launch import launched_rank
 
-app = typer.Typer(help="Make a corpus and a training dataset, and look at its token statistics.", no_args_is_help=True)
+app = typer.Typer(help="Make a corpus and a training dataset, and look at its statistics and samples.", no_args_is_help=True)
 
 
 @app.command()
@@ -44,7 +46,7 @@ def preprocess(
     corpus: Path = typer.Option(..., help="corpus folder (or any source of megadsl data corpus)"),
     tokenizer: Path = typer.Option(..., help="SentencePiece .model file"),
     output: Path = typer.Option(..., help="dataset folder to write"),
-    workers: int = typer.Option(None, min=1, help="processes (default: all cores, or mpirun's ranks); the result does not depend on it"),
+    workers: int = typer.Option(None, min=1, help="processes (default: all cores, or mpirun's ranks); the result is the same"),
     seq_length: int = typer.Option(128, min=2, help="sequence length that stats.json is measured at"),
 ) -> None:
     """Encode a corpus into Megatron's mmap format; under mpirun (or srun --mpi=pmi2) on all ranks, across nodes."""
@@ -67,6 +69,19 @@ def stats(
     from megadsl.data.statistics import write_statistics
 
     typer.echo(json.dumps(write_statistics(dataset, seq_length), indent=2))
+
+
+@app.command()
+def show(
+    arguments: list[str] = typer.Argument(..., metavar="CONFIG... [key=value...]", help="YAML files, then overrides"),
+    samples: int = typer.Option(2, min=1, help="how many"),
+    split: Literal["train", "validation", "test"] = typer.Option("train"),
+) -> None:
+    """Print the first samples of a run as pieces: what the model reads and what it must predict."""
+    config = config_from_arguments(arguments)
+    from megadsl.cli.data_show import show_samples
+
+    show_samples(config, split, samples)
 
 
 def _made(reused: bool) -> str:

@@ -65,7 +65,8 @@ class Config(Section):
         for families, keys in belongs.items():
             for key in keys:
                 if family not in families and getattr(data, key) != DataConfig.model_fields[key].default:
-                    raise ValueError(f"data.{key} does not go with model.family {family}; it is an option of {' and '.join(families)}")
+                    way_out = f"it is an option of {' and '.join(families)}"
+                    raise ValueError(f"data.{key} does not go with model.family {family}; {way_out}")
         resets = data.reset_position_ids or data.reset_attention_mask
         if data.sentence_order and resets:
             raise ValueError(

@@ -61,8 +61,8 @@ def spans_of(source_length: int, noise_density: float, mean_length: float) -> Sp
         spans = longer
     if spans.count > spans.length - spans.noise or spans.source != source_length:
         raise UserError(
-            f"data.noise_density {noise_density} with data.mean_noise_span_length {mean_length} leaves too few tokens between the "
-            "spans; lower the density or make the spans longer."
+            f"data.noise_density {noise_density} with data.mean_noise_span_length {mean_length} leaves too few tokens between "
+            "the spans; lower the density or make the spans longer."
         )
     return spans
 
@@ -70,6 +70,13 @@ def spans_of(source_length: int, noise_density: float, mean_length: float) -> Sp
 def _spans(length: int, noise_density: float, mean_length: float) -> Spans:
     noise = min(max(round(length * noise_density), 1), length - 1)
     return Spans(length, noise, max(round(noise / mean_length), 1))
+
+
+def filled_target(config: Config) -> int:
+    """Target tokens that every sample of an encoder_decoder fills; the rest of model.target_length is padding."""
+    if config.data.denoising == "infilling":
+        return config.model.seq_length
+    return spans_of(config.model.seq_length, config.data.noise_density, config.data.mean_noise_span_length).target
 
 
 def check_objective(config: Config, tokenizer: Tokenizer) -> None:
@@ -83,18 +90,18 @@ def check_objective(config: Config, tokenizer: Tokenizer) -> None:
     _ = tokenizer.bos, tokenizer.eos
     if data.denoising == "infilling":
         _ = tokenizer.mask
-        needed = model.seq_length
     else:
         spans = spans_of(model.seq_length, data.noise_density, data.mean_noise_span_length)
-        needed, sentinels = spans.target, len(tokenizer.additional_special_tokens_ids)
+        sentinels = len(tokenizer.additional_special_tokens_ids)
         if sentinels < spans.count:
             raise UserError(
                 f"Span corruption at model.seq_length {model.seq_length} needs {spans.count} sentinels, but the tokenizer "
-                f"{tokenizer.name} has {sentinels}; make one with megadsl tokenizer train --num-sentinels {spans.count}, or set a "
-                "longer data.mean_noise_span_length."
+                f"{tokenizer.name} has {sentinels}; make one with megadsl tokenizer train --num-sentinels {spans.count}, or set "
+                "a longer data.mean_noise_span_length."
             )
+    needed = filled_target(config)
     if model.target_length < needed:
         raise UserError(
-            f"model.decoder_seq_length {model.target_length} is too short for data.denoising {data.denoising} at model.seq_length "
-            f"{model.seq_length}; set model.decoder_seq_length={needed}."
+            f"model.decoder_seq_length {model.target_length} is too short for data.denoising {data.denoising} at "
+            f"model.seq_length {model.seq_length}; set model.decoder_seq_length={needed}."
         )

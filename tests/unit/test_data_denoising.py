@@ -56,13 +56,13 @@ def test_source_with_its_spans_put_back_is_the_window(small_data, tokenizer, sou
 
 @pytest.mark.parametrize("source, density, mean", SHAPES)
 def test_the_target_holds_every_span_behind_its_sentinel(small_data, tokenizer, source, density, mean):
-    spans, length = spans_of(source, density, mean), 150
+    spans, length, sentinels = spans_of(source, density, mean), 150, tokenizer.additional_special_tokens_ids
     config = pair_config(small_data, source, length, noise_density=density, mean_noise_span_length=mean)
     for _, sample in samples(config, tokenizer, 50):
         labels, numbers = sample["labels"], sample["target_spans"]
         assert sample["loss_mask"].tolist() == [1.0] * spans.target + [0.0] * (length - spans.target)
         assert len(labels) == length and (labels[spans.target:] == tokenizer.pad).all()
-        expected = [[sentinel, *span] for sentinel, span in zip(tokenizer.additional_special_tokens_ids, spans_in(sample), strict=False)]
+        expected = [[sentinel, *span] for sentinel, span in zip(sentinels, spans_in(sample), strict=False)]
         assert labels[:spans.target].tolist() == [*np.concatenate(expected), tokenizer.eos]
         assert (numbers > 0).sum() == spans.noise and numbers.max() == spans.count
         assert sample["target_tokens"][0] == tokenizer.bos
@@ -159,7 +159,8 @@ def test_targets_differ_in_the_second_epoch(small_data, tokenizer):
     config = pair_config(small_data, 1024, denoising="infilling", noise_density=0.3)
     train = open_datasets(config, check_datasets(config).sha256).train
     n = train.samples_per_epoch
-    first, second = ({train[i]["labels"].numpy().tobytes(): train[i]["source_tokens"] for i in range(k * n, k * n + n)} for k in (0, 1))
+    epochs = [[train[index] for index in range(start, start + n)] for start in (0, n)]
+    first, second = ({each["labels"].numpy().tobytes(): each["source_tokens"] for each in epoch} for epoch in epochs)
     assert first.keys() == second.keys() and not any(torch.equal(first[key], second[key]) for key in first)
 
 

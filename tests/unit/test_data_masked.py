@@ -176,7 +176,8 @@ def test_foreign_tokenizer_without_mask_is_a_sentence(small_data, tmp_path):
 
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "foreign"), vocab_size=40, minloglevel=2, hard_vocab_limit=False,
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "foreign"), vocab_size=40, hard_vocab_limit=False,
+        minloglevel=2,
     )
     foreign = Tokenizer.load(tmp_path / "foreign.model")
     with pytest.raises(UserError, match="has no <mask> piece; make one that has it with megadsl tokenizer train"):
