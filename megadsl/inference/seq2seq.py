@@ -24,19 +24,20 @@ class Decoding:
         calls = model.stack.calls()
         bridge = next(index for index, (entry, _) in enumerate(calls) if entry.name == "bridge")
         self._bridge, self._decoder = calls[bridge][1], calls[bridge + 1:]
+        # Target tokens wait behind the encoder's hidden state and its relative bias, where there is one.
+        self._before_tokens = 2 if calls[bridge][0].tied_forward.biased else 1
         value = (torch.tensor([source] * num_rows, device=model.device), torch.zeros(num_rows, 1, dtype=torch.long, device=model.device))
         if "source_segments" in model.definition.inputs:
             value = (*value, torch.ones_like(value[0]))
         for _, call in calls[:bridge]:
             value = call(value)
-        # The relative bias of the encoder, where there is one, is dropped by the bridge; target tokens come step by step.
-        self._memory, self._rest, self.device = value[0], value[2:], model.device
+        self._encoded, self.device = value, model.device
         self.cache = KeyValueCache(num_rows, model.config.model.target_length)
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [b, 1] -> logits [b, v]."""
-        hidden, *context = self._bridge((self._memory, tokens, *self._rest))
-        return run_cached(self._decoder, (hidden, *context), self.cache, tokens.size(1))
+        before, after = self._encoded[:self._before_tokens], self._encoded[self._before_tokens + 1:]
+        return run_cached(self._decoder, self._bridge((*before, tokens, *after)), self.cache, tokens.size(1))
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ class Blueprint:
         if self.model.position_embedding_type == "relative":
             entries.append(LayerEntry(f"{stack}.relative_position", partial(
                 RelativePositions, self.model, self.tensor_parallel_size, causal, names)))
-            names = (*names, "position_bias")
+            names = ("position_bias", *names)
         masks = Masks(causal, self.config.data.reset_attention_mask)
         rotary = self._rotary() if self.model.position_embedding_type == "rope" else None
         entries += [

@@ -105,7 +105,7 @@ class RelativePositions(RelativePositionEmbedding):
         hidden, context = unpack(value, self.names)
         length = offset + hidden.size(0)
         bias = super().forward(length, length)[:, :, offset:].contiguous()
-        return pack(hidden, {**context, "position_bias": bias})
+        return pack(hidden, {"position_bias": bias, **context})
 
 
 def sinusoid(positions: int, hidden_size: int) -> torch.Tensor:

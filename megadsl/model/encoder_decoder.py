@@ -14,14 +14,13 @@ from megadsl.model.stack import LayerEntry
 def encoder_decoder_entries(blueprint: Blueprint, names: tuple[str, ...] = ()) -> list[LayerEntry]:
     """(source_tokens [b, s], target_tokens [b, t], *rest) -> logits [t, b, v]; `names` = ("target_tokens", *rest), where rest
     may hold source_segments [b, s] (0: padding)."""
-    relative = ("position_bias",) if blueprint.model.position_embedding_type == "relative" else ()
     memory = ("memory", *names[1:])
     return [
         blueprint.word_embedding(shared=True),
         blueprint.embedding_sum("encoder.embedding", blueprint.model.seq_length, names),
         *blueprint.layers("encoder", False, names),
         blueprint.stack_end("encoder.final_norm", keep_context=True),
-        LayerEntry("bridge", None, tied_key="word_embedding", tied_forward=Bridge(len(relative))),
+        LayerEntry("bridge", None, tied_key="word_embedding", tied_forward=Bridge(blueprint.model.position_embedding_type == "relative")),
         blueprint.embedding_sum("decoder.embedding", blueprint.model.target_length, memory),
         *blueprint.layers("decoder", True, memory),
         blueprint.stack_end("final_norm"),
@@ -30,11 +29,14 @@ def encoder_decoder_entries(blueprint: Blueprint, names: tuple[str, ...] = ()) -
 
 
 class Bridge:
-    """(memory, target tokens, *rest[, position bias]) -> (hidden of the target words, memory, *rest); holds no parameter."""
+    """(memory[, position bias], target tokens, *rest) -> (hidden of the target words, memory, *rest); holds no parameter.
 
-    def __init__(self, dropped: int):
-        self.dropped = dropped
+    The bias is the encoder's; the decoder has its own.
+    """
+
+    def __init__(self, biased: bool):
+        self.biased = biased
 
     def __call__(self, embedding: torch.nn.Module, value: tuple) -> tuple:
-        memory, tokens, *rest = value
-        return (embedding(tokens), memory, *rest[:len(rest) - self.dropped])
+        tokens, *rest = value[2:] if self.biased else value[1:]
+        return (embedding(tokens), value[0], *rest)

@@ -1,8 +1,8 @@
 """What flows from entry to entry of a model's list: the hidden state alone, or a tuple (hidden, *context).
 
 The context is what layers further down need besides the hidden state: segments, the encoder's memory, target tokens that
-wait for the decoder. Its names and their order follow from the configuration, so every pipeline stage knows them; a caller
-that has nothing to say in them (generation from one prompt) passes the hidden state alone.
+wait for the decoder. Its names and their order follow from the configuration, so every pipeline stage knows them; the last
+ones may be missing, where a caller has nothing to say in them (generation from one prompt has no segments).
 
 Shape letters: s sequence, b micro-batch, h hidden.
 """
@@ -16,7 +16,7 @@ def unpack(value: torch.Tensor | tuple, names: tuple[str, ...]) -> tuple[torch.T
     """A stream -> (hidden, context by name)."""
     if isinstance(value, torch.Tensor):
         return value, {}
-    return value[0], dict(zip(names, value[1:], strict=True))
+    return value[0], dict(zip(names, value[1:], strict=False))
 
 
 def pack(hidden: torch.Tensor, context: Context) -> torch.Tensor | tuple:
