@@ -53,7 +53,8 @@ SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$dir/munge.socket
+# A requeued job waits until credentials of its former life have expired: not two minutes here.
+AuthInfo=socket=$dir/munge.socket,cred_expire=20
 StateSaveLocation=$dir/state
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmctldLogFile=$dir/log/slurmctld.log
