@@ -3,6 +3,8 @@
 Processes are forked from one that has everything imported. (tensor, pipeline, data, ZeRO) is a layout.
 """
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from ranks import ForkServer
 
 from megadsl.checkpoint.manifest import read_manifest
+from megadsl.checkpoint.reshape import average
+from megadsl.checkpoint.store import open_checkpoint
 from megadsl.config import Config
 
 Layout = tuple[int, int, int, int]
@@ -28,19 +32,22 @@ def server():
         yield started
 
 
-def configured(small_data, run_dir: Path, layout: Layout, iterations: int, dropout: float, **checkpoint) -> Config:
+def configured(small_data, run_dir: Path, layout: Layout, iterations: int, dropout: float, precision: str = "fp32", **checkpoint) -> Config:
     tensor, pipeline, _, zero = layout
     return small_data.config(
         run_dir, model={**MODEL, "hidden_dropout": dropout, "attention_dropout": dropout},
         parallel={"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "zero_stage": zero},
-        optimizer={"lr_decay_iters": 40}, training={"train_iters": iterations, "eval_iters": 0}, checkpoint=checkpoint,
+        optimizer={"lr_decay_iters": 40}, training={"train_iters": iterations, "eval_iters": 0, "precision": precision}, checkpoint=checkpoint,
     )
 
 
 def run(config: Config) -> str:
+    """What the run said."""
     from megadsl.training.loop import train
 
-    return str(train(config))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train(config)
+    return said.getvalue()
 
 
 def curve(run_dir: Path) -> list[tuple]:
@@ -66,6 +73,28 @@ def test_twenty_and_twenty_are_forty_bit_for_bit(server, small_data, tmp_path, l
     last = [tmp_path / name / "checkpoints" / "iteration-0000040" for name in ("straight", "resumed")]
     assert state_of(last[0]) == state_of(last[1])
     assert {name.split("/")[0] for name in state_of(last[0])} == {"weights", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 2, 1), (1, 1, 2, 3), (1, 2, 1, 1)], ids=str)
+def test_sixteen_bits_resume_bit_for_bit(server, small_data, tmp_path, layout):
+    """The 16-bit weights of the resumed run are the rounded master weights, or its next losses would differ."""
+    for name, lengths in (("straight", (10,)), ("resumed", (5, 10))):
+        for length in lengths:
+            server.run(2, run, configured(small_data, tmp_path / name, layout, length, 0.1, "bf16"))
+    assert len(curve(tmp_path / "straight")) == 10 and curve(tmp_path / "resumed") == curve(tmp_path / "straight")
+    last = [state_of(tmp_path / name / "checkpoints" / "iteration-0000010") for name in ("straight", "resumed")]
+    assert last[0] == last[1]
+
+
+def test_an_average_trains_on_with_a_new_optimizer(server, small_data, tmp_path):
+    server.run(2, run, configured(small_data, tmp_path / "run", (1, 1, 2, 2), 10, 0.0, save_interval=5))
+    saved = [tmp_path / "run" / "checkpoints" / f"iteration-{iteration:07d}" for iteration in (5, 10)]
+    average(saved, tmp_path / "mean" / "checkpoints" / "iteration-0000010")
+    [said] = server.run(1, run, configured(small_data, tmp_path / "mean", (1, 1, 1, 0), 20, 0.0))
+    assert "has no optimizer state: the optimizer starts anew" in said
+    losses = [loss for _, loss, *_ in curve(tmp_path / "run") + curve(tmp_path / "mean")]
+    assert len(losses) == 20 and max(losses[10:]) < losses[5]
+    assert open_checkpoint(tmp_path / "mean").info.optimizer_steps == 10
 
 
 @pytest.fixture(scope="module")
