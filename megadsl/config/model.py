@@ -27,7 +27,9 @@ class ModelConfig(Section):
     num_query_groups: int | None = Field(None, ge=1, description="key/value heads (default: num_attention_heads)")
     kv_channels: int | None = Field(None, ge=1, description="size of a head (default: hidden_size / num_attention_heads)")
     seq_length: int = Field(128, ge=1, description="tokens in a training sequence")
-    decoder_seq_length: int | None = Field(None, ge=1, description="target tokens of an encoder_decoder (default: seq_length)")
+    decoder_seq_length: int | None = Field(
+        None, ge=1, description="target tokens of an encoder_decoder (default: seq_length; megadsl data show names what is enough)"
+    )
     activation: Activation = Field("gelu", description="FFN activation; swiglu and geglu are gated units")
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     layernorm_epsilon: float = Field(1e-5, gt=0)
