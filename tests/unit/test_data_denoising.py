@@ -155,7 +155,7 @@ def test_infilling_puts_its_spans_anywhere(infilled, tokenizer):
         assert abs(there - shares.sum()) < 4 * np.sqrt((shares * (1 - shares)).sum()), place
 
 
-def test_targets_differ_in_the_second_epoch(small_data, tokenizer):
+def test_targets_differ_in_the_second_epoch(small_data):
     config = pair_config(small_data, 1024, denoising="infilling", noise_density=0.3)
     train = open_datasets(config, check_datasets(config).sha256).train
     n = train.samples_per_epoch
@@ -164,7 +164,7 @@ def test_targets_differ_in_the_second_epoch(small_data, tokenizer):
     assert first.keys() == second.keys() and not any(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_windows_of_a_stream_do_not_overlap(small_data, tokenizer):
+def test_windows_of_a_stream_do_not_overlap(small_data):
     """Every token of an epoch is read once: the windows of both objectives are as many as fit into the split."""
     tokens = (small_data.dataset / "train.bin").stat().st_size // 2
     for data, length in (({}, spans_of(128, 0.15, 3.0).length), ({"denoising": "infilling", "noise_density": 0.3}, 127)):

@@ -65,7 +65,7 @@ def test_of_the_chosen_80_percent_are_masked_10_random_10_kept(masked, tokenizer
 
 
 def test_every_place_of_the_text_is_chosen_equally_often(masked, tokenizer):
-    whole_words, batch = masked
+    _, batch = masked
     text = tokenizer.is_text[batch["labels"]]
     rate = (batch["loss_mask"] * text).sum(axis=0)[1:-1] / text.sum(axis=0)[1:-1]
     error = np.sqrt(rate.mean() * (1 - rate.mean()) / SAMPLES)
@@ -119,7 +119,7 @@ def test_words_part_at_spaces_and_punctuation(small_data, tokenizer, text, parts
     assert [0, *ends[borders - 1], ends[-1]] == [0, *np.cumsum([len(part.encode()) for part in parts])]
 
 
-def test_at_least_one_place_is_predicted(small_data, tokenizer):
+def test_at_least_one_place_is_predicted(small_data):
     config = encoder_config(small_data, seq_length=6, masking_probability=0.001, masking_do_full_word=True)
     assert (read(config)["loss_mask"].sum(axis=1) >= 1).all()
 

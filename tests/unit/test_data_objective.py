@@ -109,7 +109,7 @@ def test_segments_number_the_documents_of_a_sequence(small_data, tokenizer, name
     assert several > 5
 
 
-def test_a_prefix_is_read_and_not_predicted(small_data, tokenizer):
+def test_a_prefix_is_read_and_not_predicted(small_data):
     train = open_train(objective_config(small_data, "prefix", eod_mask_loss=False))
     lengths = []
     for index in range(600):
