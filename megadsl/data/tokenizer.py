@@ -128,6 +128,16 @@ class Tokenizer:
             ids.append(index)
         return ids
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """pad, bos, eos, mask, cls and sep, of which a foreign model may lack some."""
+        processor = self._processor
+        ids = {
+            "pad": processor.pad_id(), "bos": processor.bos_id(), "eos": processor.eos_id(),
+            "mask": self._id_of(MASK_PIECE), "cls": self._id_of(CLS_PIECE), "sep": self._id_of(SEP_PIECE),
+        }
+        return {name: index for name, index in ids.items() if index >= 0}
+
     def _special(self, index: int, piece: str) -> int:
         if index < 0:
             raise UserError(f"The tokenizer {self.name} has no {piece} piece; make one that has it with megadsl tokenizer train.")

@@ -70,12 +70,17 @@ def _scaled_add(branch, bias, residual, dropout: float, residual_scale: float, b
     if residual.dtype == torch.float32:
         return torch.add(residual * residual_scale, branch, alpha=branch_scale)
     # In 16 bits lambda * x must not be rounded before the addition: at 1000 layers 1 - lambda is less than bf16 resolves.
-    return torch.add(residual.float() * residual_scale, branch, alpha=branch_scale).to(residual.dtype)
+    return torch.add(_wide(residual) * residual_scale, branch, alpha=branch_scale).to(residual.dtype)
 
 
 def _gated_add(branch, bias, residual, dropout: float, residual_scale: float, gate: torch.Tensor):
     branch = F.dropout(branch if bias is None else branch + bias, p=dropout)
-    return (residual.float() * residual_scale + gate * branch).to(residual.dtype)
+    return (_wide(residual) * residual_scale + gate * branch).to(residual.dtype)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    # At least 32 bits; fp64 stays (folding is checked in it).
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 # On a GPU one compiled kernel reads and writes each tensor once, as Megatron-core's own fused bias-dropout-add does.

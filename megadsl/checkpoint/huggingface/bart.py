@@ -41,7 +41,7 @@ def _section(values: dict) -> dict:
 def _tensors(tensors: TensorMap, values: dict) -> None:
     model, post = tensors.model, tensors.model.norm_position == "post"
     scale = math.sqrt(model.hidden_size) if values.get("scale_embedding") else 1.0  # theirs multiply what they look up
-    tensors.vocabulary("embedding.word.table.weight", "model.shared.weight", 1.0 / scale)
+    tensors.vocabulary("embedding.word.table.weight", "model.shared.weight", scale=1.0 / scale)
     lengths = {"encoder": (model.num_layers, model.seq_length), "decoder": (model.decoder_layers, model.target_length)}
     for stack, (layers, length) in lengths.items():
         theirs = f"model.{stack}"

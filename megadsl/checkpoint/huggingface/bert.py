@@ -61,9 +61,11 @@ def _tensors(tensors: TensorMap, values: dict) -> None:
     tensors.tensor("lm_head.dense.weight", f"{head}.transform.dense.weight")
     tensors.tensor("lm_head.dense.bias", f"{head}.transform.dense.bias")
     tensors.norm("lm_head.norm", f"{head}.transform.LayerNorm")
-    tensors.vocabulary("output_bias.bias", f"{head}.bias")
     if model.untie_embeddings_and_output_weights:
         tensors.vocabulary("output_head.linear.weight", f"{head}.decoder.weight")
+        tensors.vocabulary("output_bias.bias", f"{head}.bias", f"{head}.decoder.bias")
+    else:
+        tensors.vocabulary("output_bias.bias", f"{head}.bias")
 
 
 def _architecture(name: str, model_type: str, norm_position: str) -> Architecture:

@@ -79,15 +79,15 @@ class TensorMap:
         elif self.their_biases:
             self.constant(f"{theirs}.bias", outputs)
 
-    def vocabulary(self, ours: str, theirs: str, scale: float = 1.0) -> None:
-        """Rows of the vocabulary: theirs end with the tokenizer's last piece, ours go on with zeros."""
+    def vocabulary(self, ours: str, *theirs: str, scale: float = 1.0) -> None:
+        """Rows of the vocabulary, in every tensor of `theirs`: those end with the tokenizer's last piece, ours go on with zeros."""
         padding = self.padded_vocab_size - self.vocab_size
 
         def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             rows = parts[0] / scale
             return F.pad(rows, (0, 0, 0, padding) if rows.dim() == 2 else (0, padding))
 
-        self.rules.append(Rule(ours, (theirs,), lambda t: [t[:self.vocab_size] * scale], join))
+        self.rules.append(Rule(ours, theirs, lambda t: [t[:self.vocab_size] * scale] * len(theirs), join))
 
     def positions(self, ours: str, theirs: str, rows: int, their_rows: int, offset: int = 0) -> None:
         """A table of `rows` positions in theirs of offset + `their_rows`; rows that we have not are zeros."""
