@@ -1,10 +1,15 @@
 """Run a function on several real gloo processes and collect what each returns."""
 
+import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
+import random
 import socket
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,22 +29,38 @@ def run_ranks(world_size: int, function: Callable, *arguments, timeout: float = 
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout)
+        _wait(processes, timeout)
         alive = [process for process in processes if process.is_alive()]
         for process in alive:
             process.kill()
         results = [_result(Path(folder) / f"{rank}.pickle") for rank in range(world_size)]
     failures = [result for ok, result in results if not ok]
-    assert not alive, f"{len(alive)} of {world_size} processes did not end in {timeout} s"
+    # A rank that has a traceback says more than its peers, who waited for it in vain.
+    failures.sort(key=lambda result: "Traceback" not in result)
     assert not failures, failures[0]
     return [result for _, result in results]
 
 
+def _wait(processes: list, timeout: float) -> None:
+    """Until all have ended, or for 30 s after one of them has failed."""
+    end, failed_at = time.monotonic() + timeout, None
+    while running := [process for process in processes if process.is_alive()]:
+        if failed_at is None and any(process.exitcode for process in processes):
+            failed_at = time.monotonic()
+            end = min(end, failed_at + 30)
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        multiprocessing.connection.wait([process.sentinel for process in running], timeout=min(left, 5))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, below those that the system gives to outgoing connections: it may be used minutes later."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank_main(rank: int, world_size: int, port: int, folder: Path, function: Callable, arguments: tuple) -> None:
@@ -51,10 +72,12 @@ def _rank_main(rank: int, world_size: int, port: int, folder: Path, function: Ca
     except BaseException:
         outcome = (False, f"rank {rank}:\n{traceback.format_exc()}")
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(outcome))
+    if not outcome[0]:
+        sys.exit(1)  # its peers must not wait for it
 
 
 def _result(path: Path) -> tuple[bool, object]:
-    return pickle.loads(path.read_bytes()) if path.exists() else (False, f"{path.stem}: the process died without a result")
+    return pickle.loads(path.read_bytes()) if path.exists() else (False, f"rank {path.stem} ended without a result")
 
 
 class ForkServer:

@@ -9,7 +9,7 @@ from megadsl.config.load import parse_config
 from megadsl.config.model import ModelConfig
 from megadsl.monitor.probes import StreamProbes
 from megadsl.monitor.progress import LogRecord, Progress, duration
-from megadsl.monitor.throughput import forward_flops_per_token
+from megadsl.monitor.throughput import forward_flops
 from megadsl.monitor.writer import MetricsWriter
 
 SHAPE = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16}
@@ -68,7 +68,21 @@ def test_flops_agree_with_torchs_counter(make_stack, parts):
     model: ModelConfig = config.model
     # torch counts the whole score matrix of a causal attention, we the half that is used.
     unused_half = 2.0 * model.num_layers * 2 * model.num_attention_heads * model.head_dim * model.seq_length / 2
-    assert counter.get_total_flops() / 32 == pytest.approx(forward_flops_per_token(model, 512) + unused_half, rel=1e-9)
+    assert counter.get_total_flops() / 2 == pytest.approx(forward_flops(model, 512) + 16 * unused_half, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
+def test_flops_of_the_other_families(make_stack, family):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = parse_config({"model": SHAPE | {"family": family, "decoder_seq_length": 8}})
+    stack, _ = make_stack(config)
+    model, tokens = config.model, torch.zeros(2, 16, dtype=torch.long)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        stack(tokens if family == "encoder" else (tokens, tokens[:, :8]))
+    # Only the decoder's self-attention is causal: half of its 8 x 8 scores are not used.
+    unused = 0.0 if family == "encoder" else 2.0 * model.decoder_layers * 2 * model.hidden_size * 8 * 8 / 2
+    assert counter.get_total_flops() / 2 == pytest.approx(forward_flops(model, 512) + unused, rel=1e-9)
 
 
 def test_probes_measure_the_stream_and_its_gradient(make_stack):
