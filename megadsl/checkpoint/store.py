@@ -162,8 +162,10 @@ def opened(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def open_checkpoint(path: str | os.PathLike, kind: str = "weights") -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike, kind: str | None = "weights") -> Checkpoint:
     """Open a checkpoint folder, a run folder or a checkpoints folder (of those, the newest one), and verify what is read.
+
+    `kind` names the tensors that the caller reads; None leaves their verification to the caller.
 
     Raises:
         UserError: there is no complete checkpoint, or a file of `kind` (the tensors that the caller reads) is damaged.
@@ -176,7 +178,8 @@ def open_checkpoint(path: str | os.PathLike, kind: str = "weights") -> Checkpoin
     for candidate in candidates:
         try:
             checkpoint = opened(candidate)
-            wrong = damaged_files(candidate, checkpoint.manifest, [name for name in checkpoint.manifest.files if name.startswith(kind + "/")])
+            read = [name for name in checkpoint.manifest.files if kind and name.startswith(kind + "/")]
+            wrong = damaged_files(candidate, checkpoint.manifest, read)
             if not wrong:
                 return checkpoint
             problems.append(f"{candidate.name}: {next(iter(wrong.values()))}")

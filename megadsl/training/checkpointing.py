@@ -149,7 +149,7 @@ class Checkpointer:
         """
         checkpoint, problems = ready.checkpoint, dict(ready.problems)
         while checkpoint is not None:
-            wrong = self._verify(checkpoint)
+            wrong = self.verify(checkpoint)
             if wrong is None:
                 break
             problems[checkpoint.path] = wrong
@@ -158,7 +158,8 @@ class Checkpointer:
             self.log(f"warning: {path} is not usable ({problem}); going back to {checkpoint.path if checkpoint else 'the start'}")
         return checkpoint
 
-    def _verify(self, checkpoint: Checkpoint) -> str | None:
+    def verify(self, checkpoint: Checkpoint) -> str | None:
+        """What is wrong with a checkpoint's files, if anything; every rank reads a part of them and all get one answer."""
         world, wrong = dist.get_world_size(), {}
         if self.config.checkpoint.verify == "full":
             # Alternating by size, so that every rank reads about as much.
@@ -171,11 +172,11 @@ class Checkpointer:
         return next((problem for _, problem in gathered if problem), None)
 
 
-def load_state(state: EngineState, checkpoint: Checkpoint) -> None:
-    """Fill an engine from a checkpoint of any layout; call on all ranks."""
+def load_state(state: EngineState, checkpoint: Checkpoint, weights_only: bool = False) -> None:
+    """Fill an engine from a checkpoint of any layout; call on all ranks. `weights_only` leaves the optimizer as it is."""
     info = checkpoint.info
     with TensorReader(checkpoint.path, checkpoint.manifest) as reader:
-        state.load(reader, info.optimizer_steps, info.loss_scaler)
+        state.load(reader, None if weights_only else info.optimizer_steps, {} if weights_only else info.loss_scaler)
 
 
 def _drained(tensors: Iterable) -> Iterable:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megadsl.checkpoint.manifest import CheckpointInfo, library_versions
+from megadsl.checkpoint.store import Checkpoint
 from megadsl.config import Config, save_config
 from megadsl.data.objective import Datasets, open_datasets
 from megadsl.data.sampler import MicroBatches
@@ -100,9 +101,17 @@ class Run:
             load_state(self.engine.state, checkpoint)
             if info.optimizer_steps is None:
                 self.progress.log(f"{checkpoint.path} has no optimizer state: the optimizer starts anew")
+        elif ready.initial:
+            self._start_from(ready.initial)
         self.writer = self._make_writer() if self.is_main else None
         self.saved_iteration = self.attempted_iteration = self.position.iteration if checkpoint else -1
         self.resumed_topology = checkpoint.topology if checkpoint else topology
+
+    def _start_from(self, initial: Checkpoint) -> None:
+        if wrong := self.checkpointer.verify(initial):
+            raise UserError(f"checkpoint.init_from {initial.path} is damaged ({wrong}); give another checkpoint.")
+        load_state(self.engine.state, initial, weights_only=True)
+        self.progress.log(f"starting from the weights of {initial.path}")
 
     def _make_writer(self) -> MetricsWriter:
         writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard)

@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from ranks import ForkServer, free_port
 
 from megadsl.config import save_config
 
@@ -110,3 +110,43 @@ def test_evaluate_and_generate(config_file, killed_and_resumed):
     text = megadsl("generate", str(killed_and_resumed), "--prompt", "def ", "--max-new-tokens", "8", "--greedy")
     assert text.startswith("def ") and len(text) > len("def \n")
     assert text == megadsl("generate", str(killed_and_resumed), "--prompt", "def ", "--max-new-tokens", "8", "--top-k", "1")
+
+
+def test_a_run_starts_from_the_weights_of_another(small_data, tmp_path):
+    """checkpoint.init_from: the first loss goes on where the other run ended, the optimizer and the counts start anew."""
+    first = small_data.config(tmp_path / "first")
+    then = small_data.config(
+        tmp_path / "then", checkpoint={"init_from": str(tmp_path / "first")}, training={"train_iters": 3},
+        model={"hidden_dropout": 0.1}, parallel={"zero_stage": 2},
+    )
+    with ForkServer() as server:
+        server.run(1, _train, first)
+        server.run(2, _train, then)
+        fresh = _losses(tmp_path / "first")
+        assert abs(_losses(tmp_path / "then")[0] - fresh[-1]) < 0.4 < fresh[0] - fresh[-1]
+        for change, named in (({"num_layers": 4}, "model.num_layers"), ({"activation": "relu"}, "model.activation")):
+            wrong = small_data.config(tmp_path / "wrong", checkpoint={"init_from": str(tmp_path / "first")}, model=change)
+            assert named in server.run(1, _refusal, wrong)[0]
+        missing = small_data.config(tmp_path / "wrong", checkpoint={"init_from": str(tmp_path / "nowhere")})
+        assert "nowhere" in server.run(1, _refusal, missing)[0]
+
+
+def _train(config) -> None:
+    from megadsl.training.loop import train
+
+    train(config)
+
+
+def _refusal(config) -> str:
+    from megadsl.errors import UserError
+
+    try:
+        _train(config)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def _losses(run_dir) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
