@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megadsl.checkpoint.store import Checkpoint
+from megadsl.checkpoint.subject import Subject
 from megadsl.checkpoint.weights import read_weights
 from megadsl.config import Config
 from megadsl.config.load import parse_config
@@ -28,9 +29,21 @@ class TrainedModel:
     tokenizer: Tokenizer
     device: torch.device
 
+    def subject(self, checkpoint: Checkpoint) -> Subject:
+        """What an export needs to know of this model, which came from `checkpoint`."""
+        info, training = checkpoint.info, checkpoint.config().training
+        facts = {
+            "Steps": f"{info.iteration} of {training.global_batch_size} sequences ({info.consumed_samples} in all)",
+            "Last training loss": "unknown" if info.loss is None else f"{info.loss:.4f} nats per token",
+        }
+        return Subject(
+            self.config, checkpoint.plan(), self.stack, self.definition.inputs, self.tokenizer, checkpoint.tokenizer,
+            info.padded_vocab_size, facts,
+        )
 
-def load_model(checkpoint: Checkpoint, device_name: str = "auto") -> TrainedModel:
-    """Build the model on this process and fill it from the checkpoint's full tensors.
+
+def load_model(checkpoint: Checkpoint, device_name: str = "auto", precision: str | None = None) -> TrainedModel:
+    """Build the model on this process and fill it from the checkpoint's full tensors; `precision` None: that of training.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape.
@@ -38,6 +51,7 @@ def load_model(checkpoint: Checkpoint, device_name: str = "auto") -> TrainedMode
     values = checkpoint.config().model_dump()
     values["parallel"] = {"zero_stage": 1}  # the layout of training does not matter here
     values["training"]["recompute"] = False
+    values["training"]["precision"] = precision or values["training"]["precision"]
     config = parse_config(values)
     device = prepare_device(device_name)
     # Megatron's layers ask for process groups even when there is one process; its address is free for the taking.

@@ -1,0 +1,73 @@
+"""`megadsl checkpoint export` and `import`: to and from Hugging Face, both verified by comparing logits."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+
+def export(
+    checkpoint: Path = typer.Argument(..., help="A run folder or one of its checkpoints."),
+    output: Path = typer.Argument(..., metavar="OUT", help="Folder to write; it must not exist."),
+    format: Literal["hf"] = typer.Option("hf", help="hf: Hugging Face transformers"),
+    architecture: str = typer.Option("auto", help="Class of transformers; auto: the one for the model."),
+    dtype: Literal["fp32", "bf16"] = typer.Option("fp32", help="How the weights are stored."),
+) -> None:
+    """Write a plain model, the scheme folded into its weights; reloads it and compares logits before the folder appears."""
+    from megadsl.checkpoint.huggingface.export import choose_architecture, export_huggingface
+    from megadsl.checkpoint.store import open_checkpoint
+
+    opened, begun = open_checkpoint(checkpoint), time.perf_counter()
+    model = opened.config().model
+    choose_architecture(model, architecture).require(model)  # before the weights are read
+    result = export_huggingface(_subject(opened), output, architecture, dtype)
+    for note in result.notes:
+        typer.echo(f"note: {note}")
+    found = result.comparison
+    rounded = "" if found.rounded_error is None else f", {found.rounded_error:.1e} as stored in {dtype}"
+    typer.echo(f"{output}: {result.architecture}, largest relative difference of logits {found.error:.1e} over {found.positions} "
+               f"positions{rounded}; {time.perf_counter() - begun:.1f} s")
+
+
+def import_(
+    folder: Path = typer.Argument(..., help="Folder of a Hugging Face model (safetensors)."),
+    output: Path = typer.Argument(..., metavar="OUT", help="Checkpoint to write; it must not exist."),
+    scheme: str = typer.Option("vanilla", help="vanilla: as it is; another: its scalars are divided out of the weights."),
+    tokenizer: Path = typer.Option(None, help="SentencePiece model, where the folder has none."),
+) -> None:
+    """Make a checkpoint to start from (checkpoint.init_from), and compare its logits with those of transformers."""
+    from megadsl.checkpoint.huggingface.importing import import_huggingface
+    from megadsl.checkpoint.huggingface.verify import TOLERANCE, load_theirs, offline_transformers, relative_error, their_logits
+    from megadsl.checkpoint.store import open_checkpoint
+    from megadsl.errors import UserError
+
+    transformers = offline_transformers()
+    import_huggingface(folder, output, scheme, tokenizer)
+    try:
+        subject = _subject(open_checkpoint(output))
+        sample = subject.sample()
+        theirs = their_logits(load_theirs(transformers, subject.config.model.family, folder), sample)
+        error = relative_error(theirs[..., :subject.tokenizer.vocab_size], subject.logits(sample))
+        if not error <= TOLERANCE:
+            raise UserError(f"The imported model gives other logits than transformers (relative error {error:.1e}); nothing was written.")
+    except BaseException:
+        shutil.rmtree(output)
+        raise
+    typer.echo(f"{output}: scheme {scheme}, largest relative difference of logits {error:.1e}; start from it with "
+               f"checkpoint.init_from={output} and the model section of {output}/config.yaml")
+
+
+def _subject(opened):
+    """A checkpoint as what an export is about, in fp32 on the CPU."""
+    from megadsl.checkpoint.subject import Subject
+    from megadsl.inference.load import load_model
+
+    model, info = load_model(opened, "cpu", precision="fp32"), opened.info
+    facts = {
+        "Training": f"{info.iteration} steps, {info.consumed_samples} sequences of {model.config.model.seq_length} tokens",
+        "Last loss": "none" if info.loss is None else f"{info.loss:.4f} nats per token",
+    }
+    return Subject(model.config, opened.plan(), model.stack, model.definition.inputs, model.tokenizer, opened.tokenizer,
+                   info.padded_vocab_size, facts)

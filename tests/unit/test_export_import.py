@@ -1,0 +1,70 @@
+"""Import from transformers: the round trip gives the same logits, and nothing that could hold code is read."""
+
+import pickle
+
+import pytest
+
+from export_models import MODELS, make_config, make_subject
+from megadsl.checkpoint.huggingface.export import export_huggingface
+from megadsl.checkpoint.huggingface.importing import import_huggingface
+from megadsl.checkpoint.huggingface.verify import relative_error
+from megadsl.checkpoint.store import open_checkpoint
+from megadsl.checkpoint.subject import Subject
+from megadsl.checkpoint.weights import read_weights
+from megadsl.data.tokenizer import Tokenizer
+from megadsl.errors import UserError
+from megadsl.model.family import define_model
+from megadsl.model.stack import Stack
+
+
+def reopened(path) -> Subject:
+    """The imported checkpoint as a model."""
+    checkpoint = open_checkpoint(path)
+    config, plan, tensors = checkpoint.config(), checkpoint.plan(), dict(read_weights(path))
+    definition = define_model(config, plan, checkpoint.info.padded_vocab_size)
+    stack = Stack(definition.entries, definition.loss).eval()
+    for name, parameter in stack.canonical_parameters():
+        parameter.data.copy_(tensors.pop(name))
+    assert not tensors
+    return Subject(config, plan, stack, definition.inputs, Tokenizer.load(checkpoint.tokenizer), checkpoint.tokenizer,
+                   checkpoint.info.padded_vocab_size)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("scheme", ["vanilla", "dslm"])
+def test_round_trip(architecture, scheme, small_data, make_stack, tmp_path):
+    subject = make_subject(make_config(small_data, MODELS[architecture]), make_stack)
+    export_huggingface(subject, tmp_path / "hf")
+    again = reopened(import_huggingface(tmp_path / "hf", tmp_path / "checkpoint", scheme))
+    assert again.plan.scheme == scheme and again.config.model.family == subject.config.model.family
+    sample = subject.sample()
+    if architecture == "T5ForConditionalGeneration":
+        again = Subject(**{**vars(again), "inputs": subject.inputs})
+    assert relative_error(again.logits(sample), subject.logits(sample)) < 1e-4
+
+
+def test_layerscale_gets_its_gates(small_data, make_stack, tmp_path):
+    subject = make_subject(make_config(small_data, MODELS["GPT2LMHeadModel"]), make_stack)
+    export_huggingface(subject, tmp_path / "hf")
+    again = reopened(import_huggingface(tmp_path / "hf", tmp_path / "checkpoint", "layerscale"))
+    assert relative_error(again.logits(subject.sample()), subject.logits(subject.sample())) < 1e-4
+
+
+class Malicious:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pickles_are_refused_unread(small_data, make_stack, tmp_path):
+    subject = make_subject(make_config(small_data, MODELS["GPT2LMHeadModel"]), make_stack)
+    export_huggingface(subject, tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    with pytest.raises(UserError, match="can hold code"):
+        import_huggingface(tmp_path / "hf", tmp_path / "checkpoint")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "checkpoint").exists()
