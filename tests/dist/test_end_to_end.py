@@ -112,6 +112,16 @@ def test_evaluate_and_generate(config_file, killed_and_resumed):
     assert text == megadsl("generate", str(killed_and_resumed), "--prompt", "def ", "--max-new-tokens", "8", "--top-k", "1")
 
 
+def test_export_by_the_command(killed_and_resumed, tmp_path):
+    """The folder loads with transformers alone; that it gives our logits the export itself has checked and says."""
+    transformers = pytest.importorskip("transformers", reason="needs package transformers")
+    output = megadsl("checkpoint", "export", str(killed_and_resumed), str(tmp_path / "exported"))
+    assert float(re.search(r"relative error ([0-9.e-]+)", output)[1]) < 1e-4
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    assert (tmp_path / "exported" / "README.md").read_text().count("dslm") >= 1
+
+
 def test_a_run_starts_from_the_weights_of_another(small_data, tmp_path):
     """checkpoint.init_from: the first loss goes on where the other run ended, the optimizer and the counts start anew."""
     first = small_data.config(tmp_path / "first")
