@@ -1,15 +1,14 @@
-"""`megadsl checkpoint`: inspect, compare, average, reshape and export checkpoints."""
+"""`megadsl checkpoint`: inspect, compare, average and reshape checkpoints; export and import stand in checkpoint_export.py."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import typer
 
 from megadsl.cli import checkpoint_export
 
-app = typer.Typer(help="Inspect, compare, average, reshape and export checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, compare, average, reshape, export and import checkpoints.", no_args_is_help=True)
 app.command("export")(checkpoint_export.export)
 app.command("import")(checkpoint_export.import_)
 
@@ -77,30 +76,6 @@ def reshape(
     from megadsl.checkpoint.reshape import reshape as write_reshaped
 
     print(f"wrote {write_reshaped(source, output, tensor_parallel, pipeline_parallel, zero_stage)}")
-
-
-@app.command()
-def export(
-    checkpoint: str = typer.Argument(..., help="A run folder or one of its checkpoints."),
-    output: Path = typer.Argument(..., metavar="OUT", help="Folder to write; it must not exist or be empty."),
-    architecture: str = typer.Option("auto", help="A class of transformers, for example LlamaForCausalLM; auto: the one that fits."),
-    dtype: Literal["fp32", "bf16", "fp16"] = typer.Option("fp32", help="Type of the written weights."),
-) -> None:
-    """Write a plain Hugging Face model: lambda and beta folded into its weights, tokenizer and model card beside it, and the logits
-    of a reload from disk compared with ours on real text. Needs the package transformers."""
-    from megadsl.checkpoint.store import open_checkpoint
-
-    opened = open_checkpoint(checkpoint)
-    from megadsl.checkpoint.huggingface.export import export_huggingface
-    from megadsl.inference.load import load_model
-
-    done = export_huggingface(load_model(opened, "cpu").subject(opened), output, architecture, dtype)
-    for note in done.notes:
-        print(note)
-    print(
-        f"wrote {done.folder} ({done.architecture}); logits of the reloaded model: relative error {done.comparison.error:.1e} over "
-        f"{done.comparison.positions} positions of real text, {done.comparison.texts} texts give the same token ids"
-    )
 
 
 def _lines(report: dict) -> list[str]:

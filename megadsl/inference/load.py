@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from megadsl.checkpoint.store import Checkpoint
-from megadsl.checkpoint.subject import Subject
 from megadsl.checkpoint.weights import read_weights
 from megadsl.config import Config
 from megadsl.config.load import parse_config
@@ -28,18 +27,6 @@ class TrainedModel:
     stack: Stack
     tokenizer: Tokenizer
     device: torch.device
-
-    def subject(self, checkpoint: Checkpoint) -> Subject:
-        """What an export needs to know of this model, which came from `checkpoint`."""
-        info, training = checkpoint.info, checkpoint.config().training
-        facts = {
-            "Steps": f"{info.iteration} of {training.global_batch_size} sequences ({info.consumed_samples} in all)",
-            "Last training loss": "unknown" if info.loss is None else f"{info.loss:.4f} nats per token",
-        }
-        return Subject(
-            self.config, checkpoint.plan(), self.stack, self.definition.inputs, self.tokenizer, checkpoint.tokenizer,
-            info.padded_vocab_size, facts,
-        )
 
 
 def load_model(checkpoint: Checkpoint, device_name: str = "auto", precision: str | None = None) -> TrainedModel:

@@ -111,7 +111,7 @@ def test_command_line_exits_with_2_before_any_process_group(small_data, tmp_path
         ("data.datasets=[nowhere]",): "nowhere",
         ("tokenizer.model=nowhere.model",): "nowhere.model",
         (f"tokenizer.model={foreign}",): "another tokenizer",
-        ("model.family=encoder",): "model.family",
+        ("model.num_tokentypes=2",): "model.num_tokentypes",
         ("scheme=dslmm",): "did you mean dslm",
         (f"training.run_dir={small_data.tokenizer}",): "training.run_dir",
         ("training.device=cuda",): "no GPU",
