@@ -1,4 +1,4 @@
-"""`megadsl checkpoint export` and `import`: to and from Hugging Face, both verified by comparing logits."""
+"""`megadsl checkpoint export` and `import`: to and from Hugging Face and Megatron-core, verified by comparing logits."""
 
 import shutil
 import time
@@ -11,7 +11,7 @@ import typer
 def export(
     checkpoint: Path = typer.Argument(..., help="A run folder or one of its checkpoints."),
     output: Path = typer.Argument(..., metavar="OUT", help="Folder to write; it must not exist."),
-    format: Literal["hf"] = typer.Option("hf", help="hf: Hugging Face transformers"),
+    format: Literal["hf", "megatron"] = typer.Option("hf", help="hf: transformers; megatron: Megatron-core's torch_dist, a GPTModel"),
     architecture: str = typer.Option("auto", help="Class of transformers; auto: the one for the model."),
     dtype: Literal["fp32", "bf16"] = typer.Option("fp32", help="How the weights are stored."),
 ) -> None:
@@ -21,6 +21,12 @@ def export(
 
     opened, begun = open_checkpoint(checkpoint), time.perf_counter()
     model = opened.config().model
+    if format == "megatron":
+        from megadsl.checkpoint.megatron import export_megatron
+
+        error = export_megatron(_subject(opened), output)
+        typer.echo(f"{output}: GPTModel, largest relative difference of logits {error:.1e}; {time.perf_counter() - begun:.1f} s")
+        return
     choose_architecture(model, architecture).require(model)  # before the weights are read
     result = export_huggingface(_subject(opened), output, architecture, dtype)
     for note in result.notes:
@@ -36,6 +42,9 @@ def import_(
     output: Path = typer.Argument(..., metavar="OUT", help="Checkpoint to write; it must not exist."),
     scheme: str = typer.Option("vanilla", help="vanilla: as it is; another: its scalars are divided out of the weights."),
     tokenizer: Path = typer.Option(None, help="SentencePiece model, where the folder has none."),
+    format: Literal["hf", "megatron"] = typer.Option("hf", help="hf: transformers; megatron: Megatron-core's torch_dist, a GPTModel"),
+    config: Path = typer.Option(None, help="megatron: YAML with the model section, scheme and tokenizer, which its folder has not."),
+    trust: bool = typer.Option(False, "--trust", help="megatron: read the pickles of its index, which can run code."),
 ) -> None:
     """Make a checkpoint to start from (checkpoint.init_from), and compare its logits with those of transformers."""
     from megadsl.checkpoint.huggingface.importing import import_huggingface
@@ -43,6 +52,11 @@ def import_(
     from megadsl.checkpoint.store import open_checkpoint
     from megadsl.errors import UserError
 
+    if format == "megatron":
+        if config is None:
+            raise UserError("--format megatron needs --config FILE: a YAML with the model section, scheme and tokenizer of the model.")
+        _import_megatron(folder, output, config, trust)
+        return
     transformers = offline_transformers()
     import_huggingface(folder, output, scheme, tokenizer)
     try:
@@ -57,6 +71,20 @@ def import_(
         raise
     typer.echo(f"{output}: scheme {scheme}, largest relative difference of logits {error:.1e}; start from it with "
                f"checkpoint.init_from={output} and the model section of {output}/config.yaml")
+
+
+def _import_megatron(folder: Path, output: Path, config: Path, trust: bool) -> None:
+    from megadsl.checkpoint.megatron import import_megatron
+    from megadsl.config import load_config
+    from megadsl.parallel.device import prepare_device
+    from megadsl.parallel.groups import initialize_groups
+    from megadsl.parallel.launch import Launch
+    from megadsl.parallel.topology import Topology
+
+    loaded = load_config(config)
+    initialize_groups(Launch.alone(), Topology(1, 1, 1), prepare_device("cpu"))
+    import_megatron(folder, output, loaded, trust)
+    typer.echo(f"{output}: scheme {loaded.scheme.name}; start from it with checkpoint.init_from={output}")
 
 
 def _subject(opened):

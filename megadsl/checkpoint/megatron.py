@@ -1,0 +1,155 @@
+"""A decoder to and from a Megatron-core checkpoint (dist_checkpointing, torch_dist), for Megatron users' own tools.
+
+The scheme's scalars are folded into plain weights (fold.py), so a stock GPTModel takes them; the names of its layers are ours. What is
+written is loaded again into a fresh stock GPTModel and its logits are compared with ours. Decoders in Pre-LN only: stock
+Megatron-core layers are Pre-LN, and its BERT and T5 models add parts that ours have not. Megatron's format keeps its index in
+pickles, which can run code when they are read, so a foreign folder must be trusted in words.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megadsl.checkpoint.fold import fold, folding, unfold
+from megadsl.checkpoint.huggingface.export import staged_folder
+from megadsl.checkpoint.manifest import CheckpointInfo, library_versions
+from megadsl.checkpoint.store import complete_folder, write_small_files
+from megadsl.checkpoint.subject import Subject
+from megadsl.checkpoint.weights import write_tensors
+from megadsl.config import Config
+from megadsl.config.model import ModelConfig
+from megadsl.data.tokenizer import Tokenizer
+from megadsl.errors import UserError
+from megadsl.model.layer import transformer_config
+from megadsl.parallel.rng import seed_micro_batch
+from megadsl.schemes.registry import build_plan
+
+TOLERANCE = 1e-4
+_POSITIONS = ("learned_absolute", "rope", "none")
+_OUTER = {
+    "embedding.word.table.weight": "embedding.word_embeddings.weight", "embedding.position": "embedding.position_embeddings.weight",
+    "output_head.linear.weight": "output_layer.weight",
+}
+
+
+def export_megatron(subject: Subject, folder: Path) -> float:
+    """Write `folder`; the largest relative difference between the logits of a stock GPTModel that loaded it and ours.
+
+    Raises:
+        UserError: stock Megatron-core has no place for a part of the model, or its logits are others.
+    """
+    shape = subject.config.model
+    require_stock(shape)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another folder or remove it.")
+    folded = folding(subject.plan, shape)
+    model = stock_model(shape, subject.padded_vocab_size, folded.epsilon_factor)
+    ours = dict(fold(subject.weights, folded))
+    parameters = dict(model.named_parameters())
+    missing = parameters.keys() ^ {megatron_name(name) for name in ours}
+    if missing:
+        raise UserError(f"Megatron-core's GPTModel and this model do not have the same parameters: {', '.join(sorted(missing)[:3])}.")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            parameters[megatron_name(name)].copy_(tensor)
+    with staged_folder(folder) as staging:
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(staging))
+        loaded = stock_model(shape, subject.padded_vocab_size, folded.epsilon_factor)
+        _load(loaded, staging)
+        tokens = subject.sample()["tokens"]
+        theirs, expected = stock_logits(loaded, tokens)[..., :subject.tokenizer.vocab_size], subject.logits({"tokens": tokens})
+        error = float(((theirs - expected).abs().amax(-1) / expected.abs().amax(-1)).max())
+        if not error <= TOLERANCE:
+            raise UserError(f"The exported GPTModel gives other logits than our model (relative error {error:.1e}); nothing was written.")
+    return error
+
+
+def import_megatron(folder: Path, output: Path, config: Config, trust: bool) -> Path:
+    """Write checkpoint `output`, for checkpoint.init_from, from the GPTModel in `folder`, whose shape and tokenizer `config` gives.
+
+    Raises:
+        UserError: the folder is not trusted, is no such checkpoint, or holds another model.
+    """
+    if not trust:
+        raise UserError(f"{folder} keeps its index in pickles, which can run code when they are read; if you know who wrote it, add --trust.")
+    shape, tokenizer = config.model, Tokenizer.load(config.tokenizer.model)
+    require_stock(shape)
+    vocab_size = config.tokenizer.padded_vocab_size(tokenizer.vocab_size)
+    plan = build_plan(shape, config.scheme, None, vocab_size)
+    folded = folding(plan, shape)
+    if any(gate.start == 0.0 for gate in folded.gates.values()):
+        raise UserError(f"scheme {plan.scheme} starts its branches at 0, which no trained weights can be divided by; choose another scheme.")
+    model = stock_model(shape, vocab_size, folded.epsilon_factor)
+    try:
+        _load(model, folder)
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{folder} does not hold a GPTModel of this shape ({reason}); check the model section.") from error
+    weights = {our_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    with staged_folder(output) as staging:
+        records, problem = write_tensors(staging, "imported", (("weights", *item) for item in unfold(weights, folded)))
+        if problem is not None:
+            raise problem
+        records |= write_small_files(staging, config, plan, Path(config.tokenizer.model))
+        complete_folder(staging, CheckpointInfo(
+            0, 0, 0, None, 1, 1, 1, config.parallel.zero_stage, vocab_size, tokenizer.sha256, library_versions()), records)
+    return output
+
+
+def require_stock(model: ModelConfig) -> None:
+    """Refuse what a stock GPTModel cannot hold, naming the key."""
+    for key, fits in (("family", model.family == "decoder"), ("norm_position", model.norm_position == "pre"),
+                      ("position_embedding_type", model.position_embedding_type in _POSITIONS),
+                      ("embedding_layernorm", not model.embedding_layernorm)):
+        if not fits:
+            raise UserError(f"model.{key}={getattr(model, key)} has no place in Megatron-core's GPTModel; export with --format hf.")
+
+
+def stock_model(model: ModelConfig, padded_vocab_size: int, epsilon_factor: float) -> GPTModel:
+    """Megatron-core's own GPTModel of that shape, on local (not Transformer Engine) layers, in evaluation mode."""
+    config = copy.copy(transformer_config(model))
+    config.layernorm_epsilon = model.layernorm_epsilon * epsilon_factor
+    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+    return GPTModel(
+        config, spec, padded_vocab_size, model.seq_length, parallel_output=False,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type, rotary_base=model.rotary_base,
+    ).eval()
+
+
+@torch.inference_mode()
+def stock_logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [b, s] -> logits [b, s, v]."""
+    seed_micro_batch(0, 0, 0)  # its attention forks the generators even where nothing is dropped
+    length = tokens.size(1)
+    positions = torch.arange(length).expand_as(tokens)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    return model(tokens, positions, mask)
+
+
+def megatron_name(name: str) -> str:
+    """Our canonical name -> GPTModel's."""
+    if name in _OUTER:
+        return _OUTER[name]
+    if name.startswith("final_norm."):
+        return name.replace("final_norm", "decoder.final_layernorm")
+    return name.replace("decoder.", "decoder.layers.", 1)
+
+
+def our_name(name: str) -> str:
+    """Inverse of `megatron_name`."""
+    for ours, theirs in _OUTER.items():
+        if name == theirs:
+            return ours
+    return name.replace("decoder.final_layernorm", "final_norm").replace("decoder.layers.", "decoder.", 1)
+
+
+def _load(model: GPTModel, folder: Path) -> None:
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))
+    model.load_state_dict(state["model"])
