@@ -18,10 +18,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megadsl.checkpoint.fold import fold, folding, unfold
 from megadsl.checkpoint.huggingface.export import staged_folder
-from megadsl.checkpoint.manifest import CheckpointInfo, library_versions
-from megadsl.checkpoint.store import complete_folder, write_small_files
+from megadsl.checkpoint.huggingface.importing import require_open_gates, write_initial
+from megadsl.checkpoint.huggingface.verify import TOLERANCE, relative_error
 from megadsl.checkpoint.subject import Subject
-from megadsl.checkpoint.weights import write_tensors
 from megadsl.config import Config
 from megadsl.config.model import ModelConfig
 from megadsl.data.tokenizer import Tokenizer
@@ -30,7 +29,6 @@ from megadsl.model.layer import transformer_config
 from megadsl.parallel.rng import seed_micro_batch
 from megadsl.schemes.registry import build_plan
 
-TOLERANCE = 1e-4
 _POSITIONS = ("learned_absolute", "rope", "none")
 _OUTER = {
     "embedding.word.table.weight": "embedding.word_embeddings.weight", "embedding.position": "embedding.position_embeddings.weight",
@@ -64,7 +62,7 @@ def export_megatron(subject: Subject, folder: Path) -> float:
         _load(loaded, staging)
         tokens = subject.sample()["tokens"]
         theirs, expected = stock_logits(loaded, tokens)[..., :subject.tokenizer.vocab_size], subject.logits({"tokens": tokens})
-        error = float(((theirs - expected).abs().amax(-1) / expected.abs().amax(-1)).max())
+        error = relative_error(theirs, expected)
         if not error <= TOLERANCE:
             raise UserError(f"The exported GPTModel gives other logits than our model (relative error {error:.1e}); nothing was written.")
     return error
@@ -83,8 +81,7 @@ def import_megatron(folder: Path, output: Path, config: Config, trust: bool) -> 
     vocab_size = config.tokenizer.padded_vocab_size(tokenizer.vocab_size)
     plan = build_plan(shape, config.scheme, None, vocab_size)
     folded = folding(plan, shape)
-    if any(gate.start == 0.0 for gate in folded.gates.values()):
-        raise UserError(f"scheme {plan.scheme} starts its branches at 0, which no trained weights can be divided by; choose another scheme.")
+    require_open_gates(plan, folded)
     model = stock_model(shape, vocab_size, folded.epsilon_factor)
     try:
         _load(model, folder)
@@ -93,12 +90,7 @@ def import_megatron(folder: Path, output: Path, config: Config, trust: bool) -> 
         raise UserError(f"{folder} does not hold a GPTModel of this shape ({reason}); check the model section.") from error
     weights = {our_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     with staged_folder(output) as staging:
-        records, problem = write_tensors(staging, "imported", (("weights", *item) for item in unfold(weights, folded)))
-        if problem is not None:
-            raise problem
-        records |= write_small_files(staging, config, plan, Path(config.tokenizer.model))
-        complete_folder(staging, CheckpointInfo(
-            0, 0, 0, None, 1, 1, 1, config.parallel.zero_stage, vocab_size, tokenizer.sha256, library_versions()), records)
+        write_initial(staging, config, plan, tokenizer, Path(config.tokenizer.model), vocab_size, unfold(weights, folded))
     return output
 
 

@@ -4,14 +4,14 @@ Reads config.json, safetensors and a SentencePiece model, nothing else.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megadsl.checkpoint.fold import folding, unfold
+from megadsl.checkpoint.fold import Folding, folding, unfold
 from megadsl.checkpoint.huggingface.architecture import Architecture
 from megadsl.checkpoint.huggingface.export import ARCHITECTURES, staged_folder
 from megadsl.checkpoint.huggingface.mapping import TensorMap
@@ -22,6 +22,7 @@ from megadsl.config import Config
 from megadsl.config.load import parse_config
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
+from megadsl.schemes.plan import SignalPlan
 from megadsl.schemes.registry import build_plan
 
 _TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -52,13 +53,25 @@ def import_huggingface(folder: Path, output: Path, scheme: str = "vanilla", toke
     architecture.tensors(mapping, values)
     with ExitStack() as stack, staged_folder(output) as staging:
         weights = dict(mapping.read(_tensors(folder, stack)))
-        records, error = write_tensors(staging, "imported", (("weights", *item) for item in unfold(weights, folded)))
-        if error is not None:
-            raise error
-        records |= write_small_files(staging, config, plan, tokenizer_file)
-        complete_folder(staging, CheckpointInfo(
-            0, 0, 0, None, 1, 1, 1, config.parallel.zero_stage, vocab_size, tokenizer.sha256, library_versions()), records)
+        write_initial(staging, config, plan, tokenizer, tokenizer_file, vocab_size, unfold(weights, folded))
     return output
+
+
+def write_initial(staging: Path, config: Config, plan: SignalPlan, tokenizer: Tokenizer, tokenizer_file: Path, vocab_size: int,
+                  weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """A complete checkpoint of weights alone, at iteration 0, in the folder `staging`."""
+    records, error = write_tensors(staging, "imported", (("weights", *item) for item in weights))
+    if error is not None:
+        raise error
+    records |= write_small_files(staging, config, plan, tokenizer_file)
+    complete_folder(staging, CheckpointInfo(
+        0, 0, 0, None, 1, 1, 1, config.parallel.zero_stage, vocab_size, tokenizer.sha256, library_versions()), records)
+
+
+def require_open_gates(plan: SignalPlan, folded: Folding) -> None:
+    """Refuse a scheme under which plain weights cannot be unfolded."""
+    if any(gate.start == 0.0 for gate in folded.gates.values()):
+        raise UserError(f"scheme {plan.scheme} starts its branches at 0, which no trained weights can be divided by; choose another scheme.")
 
 
 def _settings(folder: Path) -> dict:
@@ -91,8 +104,7 @@ def _config(architecture: Architecture, values: dict, scheme: str, tokenizer_fil
 def _under_scheme(architecture: Architecture, config: Config, vocab_size: int):
     plan = build_plan(config.model, config.scheme, None, vocab_size)
     folded = folding(plan, config.model)
-    if any(gate.start == 0.0 for gate in folded.gates.values()):
-        raise UserError(f"scheme {plan.scheme} starts its branches at 0, which no trained weights can be divided by; choose another scheme.")
+    require_open_gates(plan, folded)
     if architecture.fixed_epsilon is None:
         epsilon = config.model.layernorm_epsilon / folded.epsilon_factor
         config = config.model_copy(update={"model": config.model.model_copy(update={"layernorm_epsilon": epsilon})})
