@@ -19,16 +19,16 @@ VOCAB_SIZE = 512
 
 
 def build(scheme: str, layers: int, hidden: int, seq_length: int):
-    from megadsl.model.family import define_model
+    from megadsl.model.definition import define_model
     from megadsl.model.init import initialize
-    from megadsl.model.stack import Stack
+    from megadsl.model.stack import SequentialModel
     from megadsl.schemes.run import plan_for_run
     from megadsl.training.optimizer import parameter_groups
 
     model = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 16, "seq_length": seq_length}
     config = parse_config({"model": model, "scheme": scheme})
     definition = define_model(config, plan_for_run(config), VOCAB_SIZE)
-    stack = Stack(definition.entries, definition.loss)
+    stack = SequentialModel(definition.entries, definition.loss)
     initialize(stack.canonical_parameters(), 1, 0, 1)
     groups = parameter_groups(stack.canonical_parameters(), config.optimizer, {})
     return stack.train(), torch.optim.AdamW(groups, lr=1e-4, fused=True)

@@ -16,7 +16,7 @@ from functools import partial
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.schemes import build_plan
 from megadsl.schemes.assemble import profile_of
-from megadsl.schemes.registry import build_draft
+from megadsl.schemes.registry import build_parametrization
 from megadsl.theory import component, zipf
 
 
@@ -33,8 +33,8 @@ def best(run: Callable[[], object], repeats: int = 5) -> float:
 
 def profile(level: str, layers: int, length: int) -> Callable[[], object]:
     model = ModelConfig(num_layers=layers, hidden_size=64, seq_length=length)
-    draft, statistics = build_draft(model, SchemeConfig(name="dslm"), 4096), zipf(4096)
-    return lambda: profile_of(draft, model, statistics, 4096, level)
+    parametrize, statistics = build_parametrization(model, SchemeConfig(name="dslm"), 4096), zipf(4096)
+    return lambda: profile_of(parametrize, model, statistics, 4096, level)
 
 
 def plan(layers: int) -> Callable[[], object]:

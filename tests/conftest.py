@@ -86,14 +86,14 @@ def one_process():
 def make_stack(one_process):
     """Build an initialised model on one process: make_stack(config) -> (stack, plan); stack.definition is its definition."""
     def make(config: Config, vocab_size: int = 512):
-        from megadsl.model.family import define_model
+        from megadsl.model.definition import define_model
         from megadsl.model.init import initialize
-        from megadsl.model.stack import Stack
+        from megadsl.model.stack import SequentialModel
         from megadsl.schemes.run import plan_for_run
 
         plan = plan_for_run(config)
         definition = define_model(config, plan, vocab_size)
-        stack = Stack(definition.entries, definition.loss)
+        stack = SequentialModel(definition.entries, definition.loss)
         stack.definition = definition
         initialize(stack.canonical_parameters(), config.training.seed, 0, 1)
         return stack, plan

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
-from megadsl.data.manifest import fingerprint
+from megadsl.data.atomic_files import fingerprint
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -20,7 +20,7 @@ from megadsl.checkpoint.fold import fold, folding, unfold
 from megadsl.checkpoint.huggingface.export import staged_folder
 from megadsl.checkpoint.huggingface.importing import require_open_gates, write_initial
 from megadsl.checkpoint.huggingface.verify import TOLERANCE, relative_error
-from megadsl.checkpoint.subject import Subject
+from megadsl.checkpoint.export_source import ExportSource
 from megadsl.config import Config
 from megadsl.config.model import ModelConfig
 from megadsl.data.tokenizer import Tokenizer
@@ -36,19 +36,19 @@ _OUTER = {
 }
 
 
-def export_megatron(subject: Subject, folder: Path) -> float:
+def export_megatron(source: ExportSource, folder: Path) -> float:
     """Write `folder`; the largest relative difference between the logits of a stock GPTModel that loaded it and ours.
 
     Raises:
         UserError: stock Megatron-core has no place for a part of the model, or its logits are others.
     """
-    shape = subject.config.model
+    shape = source.config.model
     require_stock(shape)
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another folder or remove it.")
-    folded = folding(subject.plan, shape)
-    model = stock_model(shape, subject.padded_vocab_size, folded.epsilon_factor)
-    ours = dict(fold(subject.weights, folded))
+    folded = folding(source.plan, shape)
+    model = stock_model(shape, source.padded_vocab_size, folded.epsilon_factor)
+    ours = dict(fold(source.weights, folded))
     parameters = dict(model.named_parameters())
     missing = parameters.keys() ^ {megatron_name(name) for name in ours}
     if missing:
@@ -58,10 +58,10 @@ def export_megatron(subject: Subject, folder: Path) -> float:
             parameters[megatron_name(name)].copy_(tensor)
     with staged_folder(folder) as staging:
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(staging))
-        loaded = stock_model(shape, subject.padded_vocab_size, folded.epsilon_factor)
+        loaded = stock_model(shape, source.padded_vocab_size, folded.epsilon_factor)
         _load(loaded, staging)
-        tokens = subject.sample()["tokens"]
-        theirs, expected = stock_logits(loaded, tokens)[..., :subject.tokenizer.vocab_size], subject.logits({"tokens": tokens})
+        tokens = source.sample()["tokens"]
+        theirs, expected = stock_logits(loaded, tokens)[..., :source.tokenizer.vocab_size], source.logits({"tokens": tokens})
         error = relative_error(theirs, expected)
         if not error <= TOLERANCE:
             raise UserError(f"The exported GPTModel gives other logits than our model (relative error {error:.1e}); nothing was written.")

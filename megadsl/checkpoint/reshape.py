@@ -67,7 +67,7 @@ def _intact(source: Path, kind: str = "") -> Checkpoint:
 
 def _stages(checkpoint: Checkpoint, config: Config, names: list[str]) -> list[list[str]]:
     """Names of each pipeline stage, as training would cut the list of layers."""
-    from megadsl.model.family import define_model  # takes seconds to import
+    from megadsl.model.definition import define_model  # takes seconds to import
     from megadsl.model.stack import stage_bounds
 
     size = config.parallel.pipeline_model_parallel_size

@@ -23,7 +23,7 @@ from megadsl.checkpoint.manifest import (
     CheckpointInfo, DamagedCheckpoint, FileRecord, Manifest, check_sizes, damaged_files, read_manifest, record_of, write_manifest,
 )
 from megadsl.config import Config, load_config, save_config
-from megadsl.data.manifest import written_atomically
+from megadsl.data.atomic_files import written_atomically
 from megadsl.errors import UserError
 from megadsl.parallel.topology import Topology
 from megadsl.schemes.plan import SignalPlan

@@ -60,10 +60,10 @@ def import_(
     transformers = offline_transformers()
     import_huggingface(folder, output, scheme, tokenizer)
     try:
-        subject = _subject(open_checkpoint(output))
-        sample = subject.sample()
-        theirs = their_logits(load_theirs(transformers, subject.config.model.family, folder), sample)
-        error = relative_error(theirs[..., :subject.tokenizer.vocab_size], subject.logits(sample))
+        source = _subject(open_checkpoint(output))
+        sample = source.sample()
+        theirs = their_logits(load_theirs(transformers, source.config.model.family, folder), sample)
+        error = relative_error(theirs[..., :source.tokenizer.vocab_size], source.logits(sample))
         if not error <= TOLERANCE:
             raise UserError(f"The imported model gives other logits than transformers (relative error {error:.1e}); nothing was written.")
     except BaseException:
@@ -89,7 +89,7 @@ def _import_megatron(folder: Path, output: Path, config: Path, trust: bool) -> N
 
 def _subject(opened):
     """A checkpoint as what an export is about, in fp32 on the CPU."""
-    from megadsl.checkpoint.subject import Subject
+    from megadsl.checkpoint.export_source import ExportSource
     from megadsl.inference.load import load_model
 
     model, info = load_model(opened, "cpu", precision="fp32"), opened.info
@@ -97,5 +97,5 @@ def _subject(opened):
         "Training": f"{info.iteration} steps, {info.consumed_samples} sequences of {model.config.model.seq_length} tokens",
         "Last loss": "none" if info.loss is None else f"{info.loss:.4f} nats per token",
     }
-    return Subject(model.config, opened.plan(), model.stack, model.definition.inputs, model.tokenizer, opened.tokenizer,
+    return ExportSource(model.config, opened.plan(), model.stack, model.definition.inputs, model.tokenizer, opened.tokenizer,
                    info.padded_vocab_size, facts)

@@ -12,7 +12,7 @@ import numpy as np
 
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.schemes.assemble import embedding_of, model_shape, profile_of
-from megadsl.schemes.registry import SCHEMES, build_draft
+from megadsl.schemes.registry import SCHEMES, build_parametrization
 from megadsl.theory.check import ModelCase, check_components, check_models
 from megadsl.theory.inputs import zipf
 
@@ -23,10 +23,10 @@ WIDTH, HEADS = 128, 4
 def model_case(scheme: str, model: ModelConfig, draws: int, k: float = 2.0, level: str = "matrix", label: str = "") -> ModelCase:
     """A scheme on a model with Zipf tokens, predicted and ready to be sampled."""
     statistics = zipf(VOCABULARY)
-    draft = build_draft(model, SchemeConfig(name=scheme, k=k), VOCABULARY)
-    profile = profile_of(draft, model, statistics, VOCABULARY, level)
+    parametrization = build_parametrization(model, SchemeConfig(name=scheme, k=k), VOCABULARY)
+    profile = profile_of(parametrization, model, statistics, VOCABULARY, level)
     name = label or f"{scheme} {model.num_layers} {model.norm_position} {model.family} p={model.hidden_dropout}"
-    return ModelCase(name, model_shape(model, draft.norm_position), embedding_of(draft, model, statistics), profile, VOCABULARY,
+    return ModelCase(name, model_shape(model, parametrization.norm_position), embedding_of(parametrization, model, statistics), profile, VOCABULARY,
                      draws)
 
 

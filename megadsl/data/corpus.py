@@ -16,8 +16,8 @@ from pathlib import Path
 
 import zstandard
 
-from megadsl.data.manifest import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
-from megadsl.data.progress import progress
+from megadsl.data.atomic_files import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
+from megadsl.data.progress_bar import progress
 from megadsl.data.sources import Report, SourceFile, find_files, read_documents
 from megadsl.errors import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megadsl.config import Config
 from megadsl.data.lengths import Window, check_objective, raw_window
-from megadsl.data.manifest import read_json, sizes_match
+from megadsl.data.atomic_files import read_json, sizes_match
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 

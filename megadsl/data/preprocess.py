@@ -30,8 +30,8 @@ import numpy as np
 import megadsl
 from megadsl.data.corpus import SPLITS, build_corpus, load_corpus, read_lines, read_split
 from megadsl.data.dataset import FORMAT, MANIFEST, STATISTICS, TOKENIZER
-from megadsl.data.manifest import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
-from megadsl.data.progress import progress
+from megadsl.data.atomic_files import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
+from megadsl.data.progress_bar import progress
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 from megadsl.parallel.launch import mpi_world

@@ -9,7 +9,7 @@ import numpy as np
 
 from megadsl.data.dataset import STATISTICS, TOKENIZER, load_dataset
 from megadsl.data.lengths import Window
-from megadsl.data.manifest import write_json
+from megadsl.data.atomic_files import write_json
 from megadsl.data.tokenizer import Tokenizer
 
 DEFAULT_SEQ_LENGTH = 128

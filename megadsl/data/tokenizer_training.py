@@ -11,8 +11,8 @@ from pathlib import Path
 import sentencepiece
 
 from megadsl.data.corpus import load_corpus, read_split
-from megadsl.data.manifest import file_sha256, make_folder, read_json, write_json, written_atomically
-from megadsl.data.progress import progress
+from megadsl.data.atomic_files import file_sha256, make_folder, read_json, write_json, written_atomically
+from megadsl.data.progress_bar import progress
 from megadsl.data.tokenizer import CLS_PIECE, MASK_PIECE, SENTINEL_PIECE, SEP_PIECE
 from megadsl.errors import UserError
 

@@ -10,8 +10,8 @@ from megadsl.config import Config
 from megadsl.config.load import parse_config
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
-from megadsl.model.family import ModelDefinition, define_model
-from megadsl.model.stack import Stack
+from megadsl.model.definition import ModelDefinition, define_model
+from megadsl.model.stack import SequentialModel
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import initialize_groups
 from megadsl.parallel.launch import Launch
@@ -24,7 +24,7 @@ class TrainedModel:
 
     config: Config
     definition: ModelDefinition
-    stack: Stack
+    stack: SequentialModel
     tokenizer: Tokenizer
     device: torch.device
 
@@ -44,13 +44,13 @@ def load_model(checkpoint: Checkpoint, device_name: str = "auto", precision: str
     # Megatron's layers ask for process groups even when there is one process; its address is free for the taking.
     initialize_groups(Launch.alone(), Topology(1, 1, 1), device)
     definition = define_model(config, checkpoint.plan(), checkpoint.info.padded_vocab_size)
-    stack = Stack(definition.entries, definition.loss)
+    stack = SequentialModel(definition.entries, definition.loss)
     _fill(stack, checkpoint)
     return TrainedModel(config, definition, stack.to(device).eval(), Tokenizer.load(checkpoint.tokenizer), device)
 
 
 @torch.no_grad()
-def _fill(stack: Stack, checkpoint: Checkpoint) -> None:
+def _fill(stack: SequentialModel, checkpoint: Checkpoint) -> None:
     tensors = dict(read_weights(checkpoint.path))
     for name, parameter in stack.canonical_parameters():
         if name not in tensors:

@@ -3,16 +3,16 @@
 Shape letters: b micro-batch, s sequence, v padded vocabulary.
 """
 
-from megadsl.model.blueprint import Blueprint
+from megadsl.model.builder import ModelBuilder
 from megadsl.model.stack import LayerEntry
 
 
-def decoder_entries(blueprint: Blueprint, names: tuple[str, ...] = ()) -> list[LayerEntry]:
+def decoder_entries(builder: ModelBuilder, names: tuple[str, ...] = ()) -> list[LayerEntry]:
     """(tokens [b, s], *context) -> logits [s, b, v]; `names` of the context: segments [b, s], prefix_length [b]."""
     return [
-        blueprint.word_embedding(),
-        blueprint.embedding_sum("embedding", blueprint.model.seq_length, names),
-        *blueprint.layers("decoder", True, names),
-        blueprint.stack_end(),
-        blueprint.logits(),
+        builder.word_embedding(),
+        builder.embedding_sum("embedding", builder.model.seq_length, names),
+        *builder.layers("decoder", True, names),
+        builder.stack_end(),
+        builder.logits(),
     ]

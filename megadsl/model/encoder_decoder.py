@@ -7,24 +7,24 @@ Shape letters: b micro-batch, s source and t target length, v padded vocabulary.
 
 import torch
 
-from megadsl.model.blueprint import Blueprint
+from megadsl.model.builder import ModelBuilder
 from megadsl.model.stack import LayerEntry
 
 
-def encoder_decoder_entries(blueprint: Blueprint, names: tuple[str, ...] = ()) -> list[LayerEntry]:
+def encoder_decoder_entries(builder: ModelBuilder, names: tuple[str, ...] = ()) -> list[LayerEntry]:
     """(source_tokens [b, s], target_tokens [b, t], *rest) -> logits [t, b, v]; `names` = ("target_tokens", *rest), where rest
     may hold source_segments [b, s] (0: padding)."""
     memory = ("memory", *names[1:])
     return [
-        blueprint.word_embedding(shared=True),
-        blueprint.embedding_sum("encoder.embedding", blueprint.model.seq_length, names),
-        *blueprint.layers("encoder", False, names),
-        blueprint.stack_end("encoder.final_norm", keep_context=True),
-        LayerEntry("bridge", None, tied_key="word_embedding", tied_forward=Bridge(blueprint.model.position_embedding_type == "relative")),
-        blueprint.embedding_sum("decoder.embedding", blueprint.model.target_length, memory),
-        *blueprint.layers("decoder", True, memory),
-        blueprint.stack_end("final_norm"),
-        blueprint.logits(),
+        builder.word_embedding(shared=True),
+        builder.embedding_sum("encoder.embedding", builder.model.seq_length, names),
+        *builder.layers("encoder", False, names),
+        builder.stack_end("encoder.final_norm", keep_context=True),
+        LayerEntry("bridge", None, tied_key="word_embedding", tied_forward=Bridge(builder.model.position_embedding_type == "relative")),
+        builder.embedding_sum("decoder.embedding", builder.model.target_length, memory),
+        *builder.layers("decoder", True, memory),
+        builder.stack_end("final_norm"),
+        builder.logits(),
     ]
 
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megadsl.config.model import ModelConfig
-from megadsl.model.attention import MemoryAttention, ScaledDotProductAttention
+from megadsl.model.core_attention import MemoryAttention, ScaledDotProductAttention
 from megadsl.model.init import ParameterTag, tag, tag_norm
 from megadsl.model.residual import ResidualConnection
 from megadsl.model.stream import Context, unpack, with_hidden

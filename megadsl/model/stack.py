@@ -1,4 +1,4 @@
-"""A list of layers made into a model: a Stack (one stage) or DeepSpeed's PipelineModule (several), one definition for both.
+"""A list of layers made into a model: a SequentialModel (one stage) or DeepSpeed's PipelineModule (several), one definition for both.
 
 Both number their modules by the position in the list, so a parameter's canonical name (entry name + name inside the
 layer, for example `decoder.7.self_attention.linear_qkv.weight`) can be mapped both ways and does not depend on the layout.
@@ -35,7 +35,7 @@ class LayerEntry:
     is_layer: bool = False
 
 
-class Stack(torch.nn.Module):
+class SequentialModel(torch.nn.Module):
     """All entries in one process: input -> output of the last entry."""
 
     def __init__(self, entries: Sequence[LayerEntry], loss_function: Callable):

@@ -9,9 +9,9 @@ from megadsl.config import Config
 from megadsl.data.dataset import check_datasets
 from megadsl.data.objective import open_datasets
 from megadsl.data.sampler import MicroBatches
-from megadsl.model.family import define_model
+from megadsl.model.definition import define_model
 from megadsl.model.init import initialize
-from megadsl.model.stack import Stack
+from megadsl.model.stack import SequentialModel
 from megadsl.monitor.probes import StreamProbes, residual_connections
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import initialize_groups
@@ -33,7 +33,7 @@ def measure_at_init(config: Config, plan: SignalPlan, num_seeds: int) -> list[St
     if not torch.distributed.is_initialized():
         initialize_groups(Launch.alone(), Topology(1, 1, 1), device)
     definition = define_model(config, plan, config.tokenizer.padded_vocab_size(tokenizer.vocab_size))
-    stack = Stack(definition.entries, definition.loss)
+    stack = SequentialModel(definition.entries, definition.loss)
     stack.to(device).train()
     modules = {entry.name: module for entry, module in stack.calls()}
     embedding = modules["encoder.embedding" if config.model.family == "encoder_decoder" else "embedding"]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megadsl.config.model import ModelConfig
 from megadsl.schemes.plan import (
-    ATTENTION_ROLES, FFN_ROLES, EmbeddingPlan, Gate, HeadPlan, Kind, NormPosition, SignalPlan, Stack, StreamPrediction,
+    ATTENTION_ROLES, FFN_ROLES, EmbeddingPlan, Gate, HeadPlan, Kind, NormPosition, SignalPlan, StackName, StreamPrediction,
     SublayerPlan,
 )
 from megadsl.theory.inputs import TokenStatistics
@@ -29,7 +29,7 @@ def model_shape(model: ModelConfig, norm_position: NormPosition | None = None) -
     )
 
 
-def additions(model: ModelConfig) -> Iterator[tuple[Stack, int, Kind]]:
+def additions(model: ModelConfig) -> Iterator[tuple[StackName, int, Kind]]:
     """(stack, layer, kind) of every residual addition in forward order."""
     if model.family in ("encoder", "encoder_decoder"):
         for layer in range(model.num_layers):
@@ -43,7 +43,7 @@ def additions(model: ModelConfig) -> Iterator[tuple[Stack, int, Kind]]:
             yield "decoder", layer, "ffn"
 
 
-def stack_layers(model: ModelConfig, stack: Stack) -> int:
+def stack_layers(model: ModelConfig, stack: StackName) -> int:
     """Layers of one stack."""
     return model.decoder_layers if stack == "decoder" and model.family == "encoder_decoder" else model.num_layers
 
@@ -82,7 +82,7 @@ def glorot(fan_in: int, fan_out: int) -> float:
 
 
 @dataclass(frozen=True)
-class Draft:
+class Parametrization:
     """What a scheme decides; stds that are None in `sublayers` are left to the theory (unit branches).
 
     `norm_position` None: the model's. `embedding_gain` is that of the norm on the embedding sum, for models that have one.
@@ -98,43 +98,43 @@ class Draft:
     role_factors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def assemble(draft: Draft, model: ModelConfig, statistics: TokenStatistics, vocab_size: int,
+def assemble(parametrization: Parametrization, model: ModelConfig, statistics: TokenStatistics, vocab_size: int,
              level: Literal["matrix", "scalar"] = "matrix") -> SignalPlan:
-    """Predict the signal of a draft, which fills in the open stds, and put it all into a plan."""
-    profile = profile_of(draft, model, statistics, vocab_size, level)
+    """Predict the signal of a parametrization, which fills in the open stds, and put it all into a plan."""
+    profile = profile_of(parametrization, model, statistics, vocab_size, level)
     return SignalPlan(
-        scheme=draft.scheme, family=model.family, norm_position=draft.norm_position or model.norm_position,
-        embedding=EmbeddingPlan(*profile.embedding.values(), weight_std=draft.tables,
-                                norm_gain=draft.embedding_gain if model.embedding_layernorm else None),
+        scheme=parametrization.scheme, family=model.family, norm_position=parametrization.norm_position or model.norm_position,
+        embedding=EmbeddingPlan(*profile.embedding.values(), weight_std=parametrization.tables,
+                                norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None),
         sublayers=tuple(
             SublayerPlan(*prediction.values(), layer=sublayer.layer, stack=sublayer.stack, kind=sublayer.kind,
                          residual_scale=sublayer.residual_scale, branch_scale=sublayer.branch_scale,
-                         weight_std=dict(sublayer.weight_std), norm_scale=sublayer.norm_scale, gate=draft.gate)
+                         weight_std=dict(sublayer.weight_std), norm_scale=sublayer.norm_scale, gate=parametrization.gate)
             for sublayer, prediction in zip(profile.sublayers, profile.predictions, strict=True)
         ),
-        head=draft.head, final=StreamPrediction(*profile.final.values()), role_factors=draft.role_factors,
+        head=parametrization.head, final=StreamPrediction(*profile.final.values()), role_factors=parametrization.role_factors,
     )
 
 
-def profile_of(draft: Draft, model: ModelConfig, statistics: TokenStatistics, vocab_size: int,
+def profile_of(parametrization: Parametrization, model: ModelConfig, statistics: TokenStatistics, vocab_size: int,
                level: Literal["matrix", "scalar"] = "matrix") -> DepthProfile:
-    """The theory's DepthProfile of a draft."""
+    """The theory's DepthProfile of a parametrization."""
     # Logits are linear in the head's input, whose second moment is 1.
-    head_std = draft.head.weight_std.get("output_head", draft.tables["word_embedding"])
-    head = Head(model.hidden_size * (head_std * draft.head.hidden_scale) ** 2, draft.head.weight_std.get("head_dense"),
+    head_std = parametrization.head.weight_std.get("output_head", parametrization.tables["word_embedding"])
+    head = Head(model.hidden_size * (head_std * parametrization.head.hidden_scale) ** 2, parametrization.head.weight_std.get("head_dense"),
                 statistics.repeats, statistics.masking_probability)
-    shape = model_shape(model, draft.norm_position)
-    return propagate(shape, embedding_of(draft, model, statistics), draft.sublayers, vocab_size, level, head)
+    shape = model_shape(model, parametrization.norm_position)
+    return propagate(shape, embedding_of(parametrization, model, statistics), parametrization.sublayers, vocab_size, level, head)
 
 
-def embedding_of(draft: Draft, model: ModelConfig, statistics: TokenStatistics) -> Embedding:
-    """The theory's embedding of a draft."""
-    tables, same_type = draft.tables, statistics.same_type_probability
+def embedding_of(parametrization: Parametrization, model: ModelConfig, statistics: TokenStatistics) -> Embedding:
+    """The theory's embedding of a parametrization."""
+    tables, same_type = parametrization.tables, statistics.same_type_probability
     if same_type is None:
         same_type = 1.0 if model.num_tokentypes == 1 else 2.0 / 3.0
     return Embedding(
         word_std=tables["word_embedding"], position_std=tables.get("position_embedding"),
         tokentype_std=tables.get("tokentype_embedding"), repeat_probability=statistics.input_repeats,
         same_type_probability=same_type, sinusoidal=model.position_embedding_type == "sinusoidal",
-        norm_gain=draft.embedding_gain if model.embedding_layernorm else None,
+        norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None,
     )

@@ -17,7 +17,7 @@ size.
 import math
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, equal_stds, head_plan, stack_layers
+from megadsl.schemes.assemble import Parametrization, additions, embedding_tables, equal_stds, head_plan, stack_layers
 from megadsl.schemes.vanilla import STD
 from megadsl.theory.shape import Sublayer
 
@@ -26,24 +26,24 @@ VECTORS = ("norm_weight", "norm_bias", "bias", "residual_gate")
 TABLES = ("word_embedding", "position_embedding", "tokentype_embedding", "output_head")
 
 
-def completep(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def completep(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of CompleteP."""
     return _draft("completep", 1.0, model, scheme)
 
 
-def depth_mup(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def depth_mup(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of depth-muP."""
     return _draft("depth_mup", 0.5, model, scheme)
 
 
-def _draft(name: str, exponent: float, model: ModelConfig, scheme: SchemeConfig) -> Draft:
+def _draft(name: str, exponent: float, model: ModelConfig, scheme: SchemeConfig) -> Parametrization:
     width = model.hidden_size / scheme.base_hidden_size
     depth = sum(stack_layers(model, stack) for stack in {stack for stack, _, _ in additions(model)}) / scheme.base_num_layers
     hidden = STD / math.sqrt(width)
     sublayers = [
         Sublayer(stack, layer, kind, 1.0, depth ** -exponent, equal_stds(kind, hidden)) for stack, layer, kind in additions(model)
     ]
-    return Draft(name, embedding_tables(model, STD), sublayers, head_plan(model, 1.0 / width, STD, hidden),
+    return Parametrization(name, embedding_tables(model, STD), sublayers, head_plan(model, 1.0 / width, STD, hidden),
                  role_factors=role_factors(width, depth, exponent))
 
 

@@ -12,7 +12,7 @@ paper's is used here, checked against the table of the paper as reprinted in lab
 """
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, stack_layers
+from megadsl.schemes.assemble import Parametrization, additions, stack_layers
 from megadsl.schemes.dslm import unit_head, unit_tables
 from megadsl.schemes.xavier import glorot_stds
 from megadsl.theory.shape import Sublayer
@@ -20,7 +20,7 @@ from megadsl.theory.shape import Sublayer
 SCALED = ("value", "attention_output", "fc1", "fc2")
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of DeepNorm."""
     sublayers = []
     for stack, layer, kind in additions(model):
@@ -28,7 +28,7 @@ def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
         stds = {role: std * beta if role in SCALED else std for role, std in glorot_stds(model, kind).items()}
         sublayers.append(Sublayer(stack, layer, kind, alpha, 1.0, stds))
     tables = unit_tables(model)
-    return Draft("deepnorm", tables, sublayers, unit_head(model, tables))
+    return Parametrization("deepnorm", tables, sublayers, unit_head(model, tables))
 
 
 def constants(model: ModelConfig, stack: str) -> tuple[float, float]:

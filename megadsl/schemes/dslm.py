@@ -21,12 +21,12 @@ import math
 
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.errors import UserError
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, head_plan, num_additions
+from megadsl.schemes.assemble import Parametrization, additions, embedding_tables, head_plan, num_additions
 from megadsl.schemes.plan import HeadPlan
 from megadsl.theory.shape import Sublayer
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of DSLM."""
     unit = model.hidden_size ** -0.5
     attention = {"query": unit, "key": unit, "value": None, "attention_output": None}
@@ -36,7 +36,7 @@ def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
         residual, branch = scales[stack]
         sublayers.append(Sublayer(stack, layer, kind, residual, branch, ffn if kind == "ffn" else attention))
     tables = unit_tables(model)
-    return Draft("dslm", tables, sublayers, unit_head(model, tables), embedding_gain=unit_gain(model))
+    return Parametrization("dslm", tables, sublayers, unit_head(model, tables), embedding_gain=unit_gain(model))
 
 
 def residual_scales(model: ModelConfig, scheme: SchemeConfig) -> dict[str, tuple[float, float]]:

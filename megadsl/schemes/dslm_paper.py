@@ -12,14 +12,14 @@ exactly.
 import math
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions
+from megadsl.schemes.assemble import Parametrization, additions
 from megadsl.schemes.dslm import residual_scales, unit_gain, unit_head, unit_tables
 from megadsl.theory.shape import Sublayer
 
 INITIAL_CORRELATION = 0.221
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of the released recipe."""
     p, d = model.hidden_dropout, model.hidden_size
     unit = d ** -0.5
@@ -40,7 +40,7 @@ def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
         r[stack] = residual ** 2 * r[stack] + branch ** 2 * branch_correlation
         sublayers.append(Sublayer(stack, layer, kind, residual, branch, weights))
     tables = unit_tables(model)
-    return Draft("dslm_paper", tables, sublayers, unit_head(model, tables), embedding_gain=unit_gain(model))
+    return Parametrization("dslm_paper", tables, sublayers, unit_head(model, tables), embedding_gain=unit_gain(model))
 
 
 def relu_correlation(r: float) -> float:

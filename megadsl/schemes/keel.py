@@ -9,15 +9,15 @@ its stds (it says that no special initialisation is needed; .02 is `vanilla` wit
 """
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, equal_stds, head_plan, num_additions
+from megadsl.schemes.assemble import Parametrization, additions, embedding_tables, equal_stds, head_plan, num_additions
 from megadsl.schemes.vanilla import STD
 from megadsl.theory.shape import Sublayer
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of Keel."""
     counts = num_additions(model)
     sublayers = [
         Sublayer(stack, layer, kind, float(counts[stack]), 1.0, equal_stds(kind, STD)) for stack, layer, kind in additions(model)
     ]
-    return Draft("keel", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD), norm_position="both")
+    return Parametrization("keel", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD), norm_position="both")

@@ -8,15 +8,15 @@ the 1/sqrt(2 L) of `vanilla`.
 """
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, equal_stds, head_plan
+from megadsl.schemes.assemble import Parametrization, additions, embedding_tables, equal_stds, head_plan
 from megadsl.schemes.vanilla import STD
 from megadsl.theory.shape import Sublayer
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of LayerNorm Scaling."""
     sublayers = [
         Sublayer(stack, layer, kind, 1.0, 1.0, equal_stds(kind, STD), norm_scale=(layer + 1) ** -0.5)
         for stack, layer, kind in additions(model)
     ]
-    return Draft("layernorm_scaling", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD))
+    return Parametrization("layernorm_scaling", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD))

@@ -7,18 +7,18 @@ Its released models of 24 layers have 1e-5, those of 36 and 48 have 1e-6. Depth 
 """
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, equal_stds, head_plan, stack_layers
+from megadsl.schemes.assemble import Parametrization, additions, embedding_tables, equal_stds, head_plan, stack_layers
 from megadsl.schemes.vanilla import STD
 from megadsl.theory.shape import Sublayer
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of LayerScale."""
     sublayers = [
         Sublayer(stack, layer, kind, 1.0, initial_gate(stack_layers(model, stack)), equal_stds(kind, STD))
         for stack, layer, kind in additions(model)
     ]
-    return Draft("layerscale", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD), gate="channel")
+    return Parametrization("layerscale", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD), gate="channel")
 
 
 def initial_gate(layers: int) -> float:

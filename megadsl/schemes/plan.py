@@ -17,7 +17,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-Stack = Literal["decoder", "encoder"]
+StackName = Literal["decoder", "encoder"]
 Kind = Literal["self_attention", "cross_attention", "ffn"]
 NormPosition = Literal["pre", "post", "both", "none"]
 Gate = Literal["fixed", "scalar", "channel"]
@@ -47,7 +47,7 @@ class SublayerPlan(StreamPrediction):
     """
 
     layer: int
-    stack: Stack
+    stack: StackName
     kind: Kind
     residual_scale: float
     branch_scale: float
@@ -99,14 +99,14 @@ class SignalPlan:
     final: StreamPrediction
     role_factors: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def layer(self, stack: Stack, index: int) -> list[SublayerPlan]:
+    def layer(self, stack: StackName, index: int) -> list[SublayerPlan]:
         """The sublayers of one layer, in forward order; `index` counts from 0 within the stack."""
         found = self._by_layer().get((stack, index))
         if found is None:
             raise KeyError(f"the plan has no layer {index} in the {stack} stack")
         return found
 
-    def num_layers(self, stack: Stack) -> int:
+    def num_layers(self, stack: StackName) -> int:
         """Layers of one stack (0 where the family has none)."""
         return sum(1 for name, _ in self._by_layer() if name == stack)
 

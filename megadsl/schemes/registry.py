@@ -1,4 +1,4 @@
-"""Schemes by name. A new one is a file with `draft(model, scheme, vocab_size) -> Draft` and a line here."""
+"""Schemes by name. A new one is a file with `parametrize(model, scheme, vocab_size) -> Parametrization` and a line here."""
 
 import difflib
 import sys
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.errors import UserError
 from megadsl.schemes import completep, deepnorm, dslm, dslm_paper, keel, layernorm_scaling, layerscale, rezero, vanilla, xavier
-from megadsl.schemes.assemble import Draft, assemble
+from megadsl.schemes.assemble import Parametrization, assemble
 from megadsl.schemes.plan import SignalPlan
 from megadsl.theory.inputs import TokenStatistics, zipf
 
@@ -17,28 +17,28 @@ from megadsl.theory.inputs import TokenStatistics, zipf
 class Scheme:
     """A scheme and the model.norm_position that it goes with (None: either)."""
 
-    draft: Callable[[ModelConfig, SchemeConfig, int], Draft]
+    parametrize: Callable[[ModelConfig, SchemeConfig, int], Parametrization]
     norm_position: str | None = None
 
     @property
     def description(self) -> tuple[str, str]:
         """(what it is and where it is from, formula): the first two paragraphs of its file's docstring."""
-        what, formula, *_ = sys.modules[self.draft.__module__].__doc__.split("\n\n")
+        what, formula, *_ = sys.modules[self.parametrize.__module__].__doc__.split("\n\n")
         return " ".join(what.partition(": ")[2].split()), " ".join(formula.split())
 
 
 SCHEMES = {
-    "dslm": Scheme(dslm.draft),
-    "dslm_paper": Scheme(dslm_paper.draft),
-    "vanilla": Scheme(vanilla.draft),
-    "xavier": Scheme(xavier.draft),
-    "deepnorm": Scheme(deepnorm.draft, "post"),
-    "keel": Scheme(keel.draft, "post"),
-    "layernorm_scaling": Scheme(layernorm_scaling.draft, "pre"),
+    "dslm": Scheme(dslm.parametrize),
+    "dslm_paper": Scheme(dslm_paper.parametrize),
+    "vanilla": Scheme(vanilla.parametrize),
+    "xavier": Scheme(xavier.parametrize),
+    "deepnorm": Scheme(deepnorm.parametrize, "post"),
+    "keel": Scheme(keel.parametrize, "post"),
+    "layernorm_scaling": Scheme(layernorm_scaling.parametrize, "pre"),
     "completep": Scheme(completep.completep, "pre"),
     "depth_mup": Scheme(completep.depth_mup, "pre"),
-    "layerscale": Scheme(layerscale.draft, "pre"),
-    "rezero": Scheme(rezero.draft, "pre"),
+    "layerscale": Scheme(layerscale.parametrize, "pre"),
+    "rezero": Scheme(rezero.parametrize, "pre"),
 }
 
 
@@ -51,15 +51,15 @@ def build_plan(model: ModelConfig, scheme: SchemeConfig, statistics: TokenStatis
     Raises:
         UserError: no such scheme, or one that does not go with the model.
     """
-    return assemble(build_draft(model, scheme, vocab_size), model, statistics or zipf(vocab_size), vocab_size)
+    return assemble(build_parametrization(model, scheme, vocab_size), model, statistics or zipf(vocab_size), vocab_size)
 
 
-def build_draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def build_parametrization(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """What the scheme decides, before the theory fills in the open stds; UserError as in `build_plan`."""
     found = scheme_of(scheme.name)
     if found.norm_position not in (None, model.norm_position):
         raise UserError(f"scheme {scheme.name} goes with model.norm_position={found.norm_position}, not {model.norm_position}.")
-    return found.draft(model, scheme, vocab_size)
+    return found.parametrize(model, scheme, vocab_size)
 
 
 def scheme_of(name: str) -> Scheme:

@@ -9,14 +9,14 @@ scale.
 """
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions
+from megadsl.schemes.assemble import Parametrization, additions
 from megadsl.schemes.dslm import unit_head, unit_tables
 from megadsl.schemes.xavier import glorot_stds
 from megadsl.theory.shape import Sublayer
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of ReZero."""
     sublayers = [Sublayer(stack, layer, kind, 1.0, 0.0, glorot_stds(model, kind)) for stack, layer, kind in additions(model)]
     tables = unit_tables(model)
-    return Draft("rezero", tables, sublayers, unit_head(model, tables), norm_position="none", gate="scalar")
+    return Parametrization("rezero", tables, sublayers, unit_head(model, tables), norm_position="none", gate="scalar")

@@ -12,7 +12,7 @@ from megadsl.config import Config
 from megadsl.errors import UserError
 from megadsl.schemes.assemble import profile_of
 from megadsl.schemes.plan import SignalPlan
-from megadsl.schemes.registry import build_draft, build_plan, scheme_of
+from megadsl.schemes.registry import build_parametrization, build_plan, scheme_of
 from megadsl.theory.inputs import TokenStatistics, mixed, zipf
 from megadsl.theory.profile import DepthProfile
 
@@ -36,8 +36,8 @@ def plan_for_comparison(config: Config, scheme: str) -> SignalPlan:
 def profile_for_run(config: Config, level: Literal["matrix", "scalar"]) -> DepthProfile:
     """The theory's DepthProfile of a configuration."""
     statistics = run_statistics(config)
-    draft = build_draft(config.model, config.scheme, statistics.vocab_size)
-    return profile_of(draft, config.model, statistics, statistics.vocab_size, level)
+    parametrization = build_parametrization(config.model, config.scheme, statistics.vocab_size)
+    return profile_of(parametrization, config.model, statistics, statistics.vocab_size, level)
 
 
 def run_statistics(config: Config) -> TokenStatistics:

@@ -8,13 +8,13 @@ L layers of the stack. lambda = beta = 1; the tied head is not rescaled.
 import math
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, equal_stds, head_plan, stack_layers
+from megadsl.schemes.assemble import Parametrization, additions, embedding_tables, equal_stds, head_plan, stack_layers
 from megadsl.theory.shape import Sublayer
 
 STD = 0.02
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of Megatron's default initialisation."""
     def sublayer(stack: str, layer: int, kind: str) -> Sublayer:
         last = "fc2" if kind == "ffn" else "attention_output"
@@ -22,4 +22,4 @@ def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
         return Sublayer(stack, layer, kind, 1.0, 1.0, stds)
 
     sublayers = [sublayer(*addition) for addition in additions(model)]
-    return Draft("vanilla", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD))
+    return Parametrization("vanilla", embedding_tables(model, STD), sublayers, head_plan(model, 1.0, STD, STD))

@@ -9,16 +9,16 @@ untied head is a linear map (d -> V).
 """
 
 from megadsl.config.model import ModelConfig, SchemeConfig
-from megadsl.schemes.assemble import Draft, additions, embedding_tables, glorot, head_plan
+from megadsl.schemes.assemble import Parametrization, additions, embedding_tables, glorot, head_plan
 from megadsl.theory.shape import Sublayer
 
 
-def draft(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Draft:
+def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Parametrization:
     """The numbers of Glorot initialisation."""
     d = model.hidden_size
     sublayers = [Sublayer(stack, layer, kind, 1.0, 1.0, glorot_stds(model, kind)) for stack, layer, kind in additions(model)]
     head = head_plan(model, 1.0, glorot(d, vocab_size), glorot(d, d))
-    return Draft("xavier", embedding_tables(model, d ** -0.5), sublayers, head)
+    return Parametrization("xavier", embedding_tables(model, d ** -0.5), sublayers, head)
 
 
 def glorot_stds(model: ModelConfig, kind: str) -> dict[str, float]:

@@ -21,8 +21,8 @@ import numpy as np
 from megadsl.theory.grid import Gram, means, uniform_grid
 from megadsl.theory.inputs import cross_entropy_overlaps
 from megadsl.theory.quadrature import dual_map
-from megadsl.theory.recursion import Stack
-from megadsl.theory.scalar import ScalarStack
+from megadsl.theory.recursion import MatrixRecursion
+from megadsl.theory.scalar import ScalarRecursion
 from megadsl.theory.shape import Embedding, Head, ModelShape, Sublayer
 
 # Share of positions that a masked-language-model objective predicts (BERT).
@@ -127,10 +127,10 @@ def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, hea
 
 
 def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
-    stacks: list[Stack] = []
+    stacks: list[MatrixRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
-        stack = Stack(shape, name, memory, uniform_grid(shape.length) if memory is not None else None)
+        stack = MatrixRecursion(shape, name, memory, uniform_grid(shape.length) if memory is not None else None)
         final = stack.final(stack.forward(stack.embed(embedding), sublayers))
         second, overlap = means(stack.grid, final)
         # A decoder attends to all of the memory alike, so its mean overlaps are all that counts.
@@ -159,7 +159,7 @@ def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
     return DepthProfile(points[0][0], tuple(solved), tuple(p for part in points for p in part[1:]), final, positions, entering)
 
 
-def _prediction(stack: Stack, stream: Gram, gradient: Gram) -> Prediction:
+def _prediction(stack: MatrixRecursion, stream: Gram, gradient: Gram) -> Prediction:
     second, overlap = means(stack.grid, stream)
     gradient_second, gradient_overlap = means(stack.grid, gradient)
     return _point(second, overlap, gradient_second, gradient_overlap)
@@ -171,11 +171,11 @@ def _point(q: float, c: float, q_g: float, c_g: float) -> Prediction:
 
 
 def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
-    stacks: list[ScalarStack] = []
+    stacks: list[ScalarRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
-        stack = ScalarStack(shape, name, memory, shape.length if memory is not None else 0)
-        positions = Stack(shape, name)
+        stack = ScalarRecursion(shape, name, memory, shape.length if memory is not None else 0)
+        positions = MatrixRecursion(shape, name)
         q, c = means(positions.grid, positions.embed(embedding))
         memory = q, r = stack.final(*stack.forward(q, c / q, sublayers))
         stacks.append(stack)

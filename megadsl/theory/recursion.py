@@ -35,7 +35,7 @@ class Step:
     gain: float                    # kappa_v kappa_o, or kappa_2
 
 
-class Stack:
+class MatrixRecursion:
     """One stack (encoder or decoder) of a model: forward and backward passes over its sublayers."""
 
     def __init__(self, shape: ModelShape, name: str, memory: Gram | None = None, memory_grid: Grid | None = None,

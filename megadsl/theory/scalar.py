@@ -79,8 +79,8 @@ class ScalarStep:
     memory: tuple[float, float, float, float] | None = None
 
 
-class ScalarStack:
-    """One stack under the exchangeable closure; the counterpart of recursion.Stack."""
+class ScalarRecursion:
+    """One stack under the exchangeable closure; the counterpart of recursion.MatrixRecursion."""
 
     def __init__(self, shape: ModelShape, name: str, memory: tuple[float, float] | None = None, memory_length: int = 0):
         """`memory`: (second moment, token correlation) of what cross-attention attends to."""
@@ -129,7 +129,7 @@ class ScalarStack:
     def backward(self, q_g: float, c_g: float) -> tuple[list[tuple[float, float]], tuple[float, float]]:
         """(gradient moments after the embedding and after every sublayer, gradient moments at the memory)."""
         shape, keep = self.shape, 1.0 - self.shape.dropout
-        # Fluctuating row norms, as in recursion.Stack.
+        # Fluctuating row norms, as in recursion.MatrixRecursion.
         spread = 1.0 + 1.0 / shape.hidden_size if shape.final_norm else 1.0
         if shape.final_norm:
             norm = spread / ((self.steps[-1].q if self.steps else self.start[0]) + shape.eps)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
-from megadsl.model.family import ModelDefinition
+from megadsl.model.definition import ModelDefinition
 from megadsl.model.init import initialize
-from megadsl.model.stack import Stack, build_pipeline
+from megadsl.model.stack import SequentialModel, build_pipeline
 from megadsl.parallel.groups import DeepSpeedMpu, data_group, tensor_group
 from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Coordinate, Topology
@@ -49,7 +49,7 @@ class Engine:
         if self.pipelined:
             self.model = build_pipeline(definition.entries, definition.loss, topology)
         else:
-            self.model = Stack(definition.entries, definition.loss)
+            self.model = SequentialModel(definition.entries, definition.loss)
         initialize(self.model.canonical_parameters(), config.training.seed, coordinate.tensor, topology.tensor)
         self.model.register_forward_pre_hook(self._seed_forward)
         self._parameters = list(self.model.parameters())

@@ -17,7 +17,7 @@ from megadsl.config import Config, save_config
 from megadsl.data.objective import Datasets, open_datasets
 from megadsl.data.sampler import MicroBatches
 from megadsl.errors import UserError
-from megadsl.model.family import define_model
+from megadsl.model.definition import define_model
 from megadsl.monitor.progress import LogRecord, Progress
 from megadsl.monitor.throughput import tokens_per_sequence, training_flops
 from megadsl.monitor.writer import MetricsWriter

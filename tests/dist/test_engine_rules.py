@@ -13,7 +13,7 @@ from megadsl.errors import UserError
 
 
 def _make_engine(config: Config):
-    from megadsl.model.family import define_model
+    from megadsl.model.definition import define_model
     from megadsl.parallel.device import prepare_device
     from megadsl.parallel.groups import initialize_groups
     from megadsl.schemes.run import plan_for_run
@@ -63,7 +63,7 @@ def test_every_layout_starts_from_the_same_weights(small_data, tmp_path):
 def _masks(config: Config, port: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(what hidden dropout kept, what attention dropout kept) on this rank."""
     os.environ["MASTER_PORT"] = str(port)
-    from megadsl.model.attention import ScaledDotProductAttention
+    from megadsl.model.core_attention import ScaledDotProductAttention
     from megadsl.model.layer import transformer_config
     from megadsl.model.residual import ResidualConnection
     from megadsl.parallel.device import prepare_device

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megadsl.checkpoint.subject import Subject
+from megadsl.checkpoint.export_source import ExportSource
 from megadsl.config import Config
 from megadsl.config.load import parse_config
 from megadsl.data.tokenizer import Tokenizer
@@ -38,13 +38,13 @@ def make_config(small_data, model: dict, scheme: str = "dslm", **data) -> Config
     })
 
 
-def make_subject(config: Config, make_stack, perturbed: bool = True, vocab_size: int = 640) -> Subject:
+def make_subject(config: Config, make_stack, perturbed: bool = True, vocab_size: int = 640) -> ExportSource:
     """A model of that configuration; `perturbed` moves every vector and small table as training would."""
     tokenizer = Tokenizer.load(config.tokenizer.model)
     stack, plan = make_stack(config, vocab_size)
     if perturbed:
         perturb(stack)
-    return Subject(config, plan, stack.eval(), stack.definition.inputs, tokenizer, Path(config.tokenizer.model), vocab_size,
+    return ExportSource(config, plan, stack.eval(), stack.definition.inputs, tokenizer, Path(config.tokenizer.model), vocab_size,
                    {"Steps": "0", "Loss": "none"})
 
 

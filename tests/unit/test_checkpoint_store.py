@@ -112,7 +112,7 @@ def test_no_checkpoint_at_all(tmp_path):
 
 def test_manifest_cannot_reach_out_of_its_folder(tmp_path):
     good = commit(CheckpointStore(tmp_path), 10)
-    from megadsl.data.manifest import fingerprint
+    from megadsl.data.atomic_files import fingerprint
 
     values = json.loads((good / "manifest.json").read_text())
     values["files"]["../../etc/passwd"] = values["files"]["plan.json"]

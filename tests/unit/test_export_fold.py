@@ -5,8 +5,8 @@ import torch
 
 from export_models import MODELS, make_config, make_subject
 from megadsl.checkpoint.fold import fold, folding, unfold
-from megadsl.model.family import define_model
-from megadsl.model.stack import Stack
+from megadsl.model.definition import define_model
+from megadsl.model.stack import SequentialModel
 from megadsl.schemes.run import plan_for_comparison
 
 POST = {"norm_position": "post"}
@@ -28,7 +28,7 @@ CASES = {
 def plain_stack(config, weights, folded, vocab_size, with_epsilons):
     """The same model under `vanilla`, where every lambda and beta is 1, filled with plain weights."""
     definition = define_model(config, plan_for_comparison(config, "vanilla"), vocab_size)
-    stack = Stack(definition.entries, definition.loss).double().eval()
+    stack = SequentialModel(definition.entries, definition.loss).double().eval()
     with torch.no_grad():
         for name, parameter in stack.canonical_parameters():
             parameter.copy_(weights.pop(name))
@@ -47,15 +47,15 @@ def plain_stack(config, weights, folded, vocab_size, with_epsilons):
 def test_folded_is_the_same_function(case, small_data, make_stack):
     model, scheme = CASES[case]
     config = make_config(small_data, model, scheme)
-    subject = make_subject(config, make_stack)
-    subject.stack.double()
-    sample = subject.sample()
-    expected = subject.logits(sample)
-    folded = folding(subject.plan, config.model)
+    source = make_subject(config, make_stack)
+    source.stack.double()
+    sample = source.sample()
+    expected = source.logits(sample)
+    folded = folding(source.plan, config.model)
 
     def error(with_epsilons: bool) -> float:
-        stack = plain_stack(config, dict(fold(subject.weights, folded)), folded, 640, with_epsilons)
-        inputs = tuple(sample[name] for name in subject.inputs if name in sample)
+        stack = plain_stack(config, dict(fold(source.weights, folded)), folded, 640, with_epsilons)
+        inputs = tuple(sample[name] for name in source.inputs if name in sample)
         with torch.inference_mode():
             value = stack(inputs[0] if len(inputs) == 1 else inputs)
         return ((value.transpose(0, 1)[..., :512] - expected).abs().max() / expected.abs().max()).item()
@@ -69,9 +69,9 @@ def test_folded_is_the_same_function(case, small_data, make_stack):
 def test_unfold_inverts_fold(case, small_data, make_stack):
     model, scheme = CASES[case]
     config = make_config(small_data, model, scheme)
-    subject = make_subject(config, make_stack, perturbed=False)  # gates at their start, where unfold puts them
-    folded = folding(subject.plan, config.model)
-    weights = subject.weights
+    source = make_subject(config, make_stack, perturbed=False)  # gates at their start, where unfold puts them
+    folded = folding(source.plan, config.model)
+    weights = source.weights
     again = dict(unfold(dict(fold(weights, folded)), folded))
     assert again.keys() == weights.keys()
     for name, tensor in weights.items():

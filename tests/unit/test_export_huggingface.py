@@ -34,14 +34,14 @@ VARIANTS = {
 @pytest.mark.parametrize("case", [*MODELS, *VARIANTS])
 def test_same_logits_from_disk(case, small_data, make_stack, tmp_path):
     architecture, model, scheme = VARIANTS.get(case, (case, MODELS.get(case), "dslm"))
-    subject = make_subject(make_config(small_data, model, scheme), make_stack)
-    result = export_huggingface(subject, tmp_path / "out")
+    source = make_subject(make_config(small_data, model, scheme), make_stack)
+    result = export_huggingface(source, tmp_path / "out")
     assert result.architecture == architecture
     # fp32 rounding of 6 to 15 additions, and what an epsilon of 1e-5 costs at width 32; a wrong scale of 1 % shows up above 1e-4.
-    tolerance = 1e-5 if subject.config.model.layernorm_epsilon < 1e-6 else 1e-4
+    tolerance = 1e-5 if source.config.model.layernorm_epsilon < 1e-6 else 1e-4
     assert result.comparison.error < tolerance and result.comparison.positions > 30 and result.comparison.texts > 15
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert settings["architectures"] == [architecture] and settings["vocab_size"] == subject.tokenizer.vocab_size
+    assert settings["architectures"] == [architecture] and settings["vocab_size"] == source.tokenizer.vocab_size
     card = (tmp_path / "out" / "README.md").read_text()
     assert scheme in card and "dataset" in card and "Auto" in card
 
@@ -63,15 +63,15 @@ REFUSALS = [
 
 @pytest.mark.parametrize("model, scheme, sentence", REFUSALS, ids=[sentence.split()[0] for *_, sentence in REFUSALS])
 def test_what_cannot_be_expressed_is_refused(model, scheme, sentence, small_data, make_stack, tmp_path):
-    subject = make_subject(make_config(small_data, model, scheme), make_stack, perturbed=False)
+    source = make_subject(make_config(small_data, model, scheme), make_stack, perturbed=False)
     with pytest.raises(UserError, match=re.escape(sentence)):
-        export_huggingface(subject, tmp_path / "out")
+        export_huggingface(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_export_is_found_and_leaves_nothing_behind(small_data, make_stack, tmp_path, monkeypatch):
     """The verification is not a formality: one beta that is folded with 1 % too much is seen."""
-    subject = make_subject(make_config(small_data, SMALL), make_stack)
+    source = make_subject(make_config(small_data, SMALL), make_stack)
     right = export.folding
 
     def wrong(plan, model):
@@ -81,13 +81,13 @@ def test_a_wrong_export_is_found_and_leaves_nothing_behind(small_data, make_stac
 
     monkeypatch.setattr(export, "folding", wrong)
     with pytest.raises(UserError, match="gives other logits"):
-        export_huggingface(subject, tmp_path / "out")
+        export_huggingface(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_bf16_in_several_files(small_data, make_stack, tmp_path):
-    subject = make_subject(make_config(small_data, SMALL), make_stack)
-    result = export_huggingface(subject, tmp_path / "out", dtype="bf16", shard_bytes=20_000)
+    source = make_subject(make_config(small_data, SMALL), make_stack)
+    result = export_huggingface(source, tmp_path / "out", dtype="bf16", shard_bytes=20_000)
     # bf16 keeps 8 bits: single weights are wrong by up to 2^-9, and the mapping itself is checked in fp32.
     assert result.comparison.error < 1e-5 < result.comparison.rounded_error < 0.05
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -98,7 +98,7 @@ def test_bf16_in_several_files(small_data, make_stack, tmp_path):
 
 def test_an_existing_folder_is_not_overwritten(small_data, make_stack, tmp_path):
     (tmp_path / "mine").write_text("precious")
-    subject = make_subject(make_config(small_data, SMALL), make_stack)
+    source = make_subject(make_config(small_data, SMALL), make_stack)
     with pytest.raises(UserError, match="exists already"):
-        export_huggingface(subject, tmp_path)
+        export_huggingface(source, tmp_path)
     assert (tmp_path / "mine").read_text() == "precious"

@@ -9,45 +9,45 @@ from megadsl.checkpoint.huggingface.export import export_huggingface
 from megadsl.checkpoint.huggingface.importing import import_huggingface
 from megadsl.checkpoint.huggingface.verify import relative_error
 from megadsl.checkpoint.store import open_checkpoint
-from megadsl.checkpoint.subject import Subject
+from megadsl.checkpoint.export_source import ExportSource
 from megadsl.checkpoint.weights import read_weights
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
-from megadsl.model.family import define_model
-from megadsl.model.stack import Stack
+from megadsl.model.definition import define_model
+from megadsl.model.stack import SequentialModel
 
 
-def reopened(path) -> Subject:
+def reopened(path) -> ExportSource:
     """The imported checkpoint as a model."""
     checkpoint = open_checkpoint(path)
     config, plan, tensors = checkpoint.config(), checkpoint.plan(), dict(read_weights(path))
     definition = define_model(config, plan, checkpoint.info.padded_vocab_size)
-    stack = Stack(definition.entries, definition.loss).eval()
+    stack = SequentialModel(definition.entries, definition.loss).eval()
     for name, parameter in stack.canonical_parameters():
         parameter.data.copy_(tensors.pop(name))
     assert not tensors
-    return Subject(config, plan, stack, definition.inputs, Tokenizer.load(checkpoint.tokenizer), checkpoint.tokenizer,
+    return ExportSource(config, plan, stack, definition.inputs, Tokenizer.load(checkpoint.tokenizer), checkpoint.tokenizer,
                    checkpoint.info.padded_vocab_size)
 
 
 @pytest.mark.parametrize("architecture", MODELS)
 @pytest.mark.parametrize("scheme", ["vanilla", "dslm"])
 def test_round_trip(architecture, scheme, small_data, make_stack, tmp_path):
-    subject = make_subject(make_config(small_data, MODELS[architecture]), make_stack)
-    export_huggingface(subject, tmp_path / "hf")
+    source = make_subject(make_config(small_data, MODELS[architecture]), make_stack)
+    export_huggingface(source, tmp_path / "hf")
     again = reopened(import_huggingface(tmp_path / "hf", tmp_path / "checkpoint", scheme))
-    assert again.plan.scheme == scheme and again.config.model.family == subject.config.model.family
-    sample = subject.sample()
+    assert again.plan.scheme == scheme and again.config.model.family == source.config.model.family
+    sample = source.sample()
     if architecture == "T5ForConditionalGeneration":
-        again = Subject(**{**vars(again), "inputs": subject.inputs})
-    assert relative_error(again.logits(sample), subject.logits(sample)) < 1e-4
+        again = ExportSource(**{**vars(again), "inputs": source.inputs})
+    assert relative_error(again.logits(sample), source.logits(sample)) < 1e-4
 
 
 def test_layerscale_gets_its_gates(small_data, make_stack, tmp_path):
-    subject = make_subject(make_config(small_data, MODELS["GPT2LMHeadModel"]), make_stack)
-    export_huggingface(subject, tmp_path / "hf")
+    source = make_subject(make_config(small_data, MODELS["GPT2LMHeadModel"]), make_stack)
+    export_huggingface(source, tmp_path / "hf")
     again = reopened(import_huggingface(tmp_path / "hf", tmp_path / "checkpoint", "layerscale"))
-    assert relative_error(again.logits(subject.sample()), subject.logits(subject.sample())) < 1e-4
+    assert relative_error(again.logits(source.sample()), source.logits(source.sample())) < 1e-4
 
 
 class Malicious:
@@ -61,8 +61,8 @@ class Malicious:
 
 
 def test_pickles_are_refused_unread(small_data, make_stack, tmp_path):
-    subject = make_subject(make_config(small_data, MODELS["GPT2LMHeadModel"]), make_stack)
-    export_huggingface(subject, tmp_path / "hf")
+    source = make_subject(make_config(small_data, MODELS["GPT2LMHeadModel"]), make_stack)
+    export_huggingface(source, tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
     with pytest.raises(UserError, match="can hold code"):

@@ -14,13 +14,13 @@ def test_out_and_back(name, small_data, make_stack, tmp_path):
     from megadsl.checkpoint.megatron import export_megatron, import_megatron
 
     config = make_config(small_data, MODELS[name])
-    subject = make_subject(config, make_stack, vocab_size=512)
-    assert export_megatron(subject, tmp_path / "out") < 1e-5
+    source = make_subject(config, make_stack, vocab_size=512)
+    assert export_megatron(source, tmp_path / "out") < 1e-5
     with pytest.raises(UserError, match="--trust"):
         import_megatron(tmp_path / "out", tmp_path / "back", config, trust=False)
     import_megatron(tmp_path / "out", tmp_path / "back", config, trust=True)
     back = dict(read_weights(open_checkpoint(tmp_path / "back").path))
-    ours = subject.weights
+    ours = source.weights
     # The plan is made anew without the data's statistics; it decides the start of gates only, lambda and beta are the same.
     assert back.keys() == ours.keys()
     for key, tensor in ours.items():
@@ -36,7 +36,7 @@ def test_out_and_back(name, small_data, make_stack, tmp_path):
 def test_what_a_stock_model_cannot_hold(model, key, small_data, make_stack, tmp_path):
     from megadsl.checkpoint.megatron import export_megatron
 
-    subject = make_subject(make_config(small_data, {**MODELS["GPT2LMHeadModel"], **model}), make_stack, vocab_size=512)
+    source = make_subject(make_config(small_data, {**MODELS["GPT2LMHeadModel"], **model}), make_stack, vocab_size=512)
     with pytest.raises(UserError, match=f"model.{key}"):
-        export_megatron(subject, tmp_path / "out")
+        export_megatron(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.schemes.assemble import profile_of
-from megadsl.schemes.registry import SCHEMES, build_draft
+from megadsl.schemes.registry import SCHEMES, build_parametrization
 from megadsl.theory import cross_entropy_gradient, zipf
 from megadsl.theory.inputs import TokenStatistics
 from megadsl.theory.profile import MASKED_SHARE
@@ -27,8 +27,8 @@ PARTS = {
 
 
 def values(scheme: str, model: ModelConfig, level: str, statistics: TokenStatistics | None = None) -> np.ndarray:
-    draft = build_draft(model, SchemeConfig(name=scheme), 512)
-    found = profile_of(draft, model, statistics or zipf(512), 512, level)
+    parametrization = build_parametrization(model, SchemeConfig(name=scheme), 512)
+    found = profile_of(parametrization, model, statistics or zipf(512), 512, level)
     return np.array([point.values() for point in (found.embedding, *found.predictions, found.final)])
 
 

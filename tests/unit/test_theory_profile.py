@@ -10,7 +10,7 @@ import pytest
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.errors import UserError
 from megadsl.schemes.assemble import profile_of
-from megadsl.schemes.registry import build_draft
+from megadsl.schemes.registry import build_parametrization
 from megadsl.theory import zipf
 from megadsl.theory.inputs import TokenStatistics, cross_entropy_gradient, embedding_moments, mixed
 from megadsl.theory.shape import Embedding
@@ -18,7 +18,7 @@ from megadsl.theory.shape import Embedding
 
 def profile(level: str = "matrix", scheme: str = "dslm", k: float = 2.0, **model):
     config = ModelConfig(**{"num_layers": 12, "hidden_size": 64, "seq_length": 64, **model})
-    return profile_of(build_draft(config, SchemeConfig(name=scheme, k=k), 4096), config, zipf(4096), 4096, level)
+    return profile_of(build_parametrization(config, SchemeConfig(name=scheme, k=k), 4096), config, zipf(4096), 4096, level)
 
 
 def values(found) -> np.ndarray:

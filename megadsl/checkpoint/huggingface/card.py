@@ -4,7 +4,7 @@ from collections import Counter
 
 from megadsl.checkpoint.fold import Folding
 from megadsl.checkpoint.huggingface.verify import Comparison
-from megadsl.checkpoint.subject import Subject
+from megadsl.checkpoint.export_source import ExportSource
 from megadsl.schemes.plan import SignalPlan
 
 _AUTO = {
@@ -13,23 +13,23 @@ _AUTO = {
 }
 
 
-def model_card(subject: Subject, architecture: str, folded: Folding, comparison: Comparison, dtype: str, size: int,
+def model_card(source: ExportSource, architecture: str, folded: Folding, comparison: Comparison, dtype: str, size: int,
                notes: list[str]) -> str:
     """Markdown with the front matter that the hub reads."""
-    model, config = subject.config.model, subject.config
+    model, config = source.config.model, source.config
     auto, task = _AUTO[model.family]
-    parameters = sum(tensor.numel() for tensor in subject.weights.values())
+    parameters = sum(tensor.numel() for tensor in source.weights.values())
     layers = f"{model.num_layers} + {model.decoder_layers}" if model.family == "encoder_decoder" else str(model.num_layers)
     accuracy = f"{comparison.error:.1e} over {comparison.positions} positions of real text (reloaded from disk, fp32)"
     if comparison.rounded_error is not None:
         accuracy += f"; {comparison.rounded_error:.1e} with the weights as stored in {dtype}"
     facts = {
         "Class": f"`{architecture}`, {layers} layers x {model.hidden_size}, {parameters:,} parameters, {dtype}, {size / 1e6:.1f} MB",
-        "Scheme": f"`{subject.plan.scheme}` (k = {config.scheme.k:g})" if subject.plan.scheme.startswith("dslm") else f"`{subject.plan.scheme}`",
-        "Residual additions": "; ".join(_additions(subject.plan)),
+        "Scheme": f"`{source.plan.scheme}` (k = {config.scheme.k:g})" if source.plan.scheme.startswith("dslm") else f"`{source.plan.scheme}`",
+        "Residual additions": "; ".join(_additions(source.plan)),
         "Training data": ", ".join(f"`{dataset.path}` (weight {dataset.weight:g})" for dataset in config.data.datasets) or "none",
-        "Tokenizer": f"SentencePiece, {subject.tokenizer.vocab_size} pieces, sha256 `{subject.tokenizer.sha256[:16]}`",
-        **subject.facts,
+        "Tokenizer": f"SentencePiece, {source.tokenizer.vocab_size} pieces, sha256 `{source.tokenizer.sha256[:16]}`",
+        **source.facts,
         "Largest relative difference to megadsl's logits": accuracy,
     }
     lines = "\n".join(f"- {title}: {text}" for title, text in facts.items())
@@ -38,7 +38,7 @@ def model_card(subject: Subject, architecture: str, folded: Folding, comparison:
     return f"""---
 library_name: transformers
 pipeline_tag: {task}
-tags: [megadsl, {subject.plan.scheme}]
+tags: [megadsl, {source.plan.scheme}]
 ---
 
 # {model.family} of {layers} layers, trained with megadsl

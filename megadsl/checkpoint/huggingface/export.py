@@ -25,7 +25,7 @@ from megadsl.checkpoint.huggingface.mapping import TensorMap
 from megadsl.checkpoint.huggingface.t5 import T5
 from megadsl.checkpoint.huggingface.tokenizer import write_tokenizer
 from megadsl.checkpoint.huggingface.verify import Comparison, compare_with_folder
-from megadsl.checkpoint.subject import Subject
+from megadsl.checkpoint.export_source import ExportSource
 from megadsl.config.model import ModelConfig
 from megadsl.errors import UserError
 from megadsl.model.embedding import sinusoid
@@ -46,27 +46,27 @@ class Export:
     notes: list[str]
 
 
-def export_huggingface(subject: Subject, folder: Path, architecture: str = "auto", dtype: str = "fp32",
+def export_huggingface(source: ExportSource, folder: Path, architecture: str = "auto", dtype: str = "fp32",
                        shard_bytes: int = SHARD_BYTES) -> Export:
     """Write `folder`, which must not exist or be empty.
 
     Raises:
         UserError: the architecture has no place for a part of the model, or the reloaded model gives other logits.
     """
-    chosen = choose_architecture(subject.config.model, architecture)
-    chosen.require(subject.config.model)
-    folded = folding(subject.plan, subject.config.model)
-    tensors, settings, notes = their_model(subject, chosen, folded)
+    chosen = choose_architecture(source.config.model, architecture)
+    chosen.require(source.config.model)
+    folded = folding(source.plan, source.config.model)
+    tensors, settings, notes = their_model(source, chosen, folded)
     with staged_folder(folder) as staging:
         size = write_shards(staging, ((name, tensor.to(DTYPES[dtype])) for name, tensor in tensors), shard_bytes)
         settings = {"architectures": [chosen.name], "model_type": chosen.model_type, "dtype": str(DTYPES[dtype])[6:], **settings}
         (staging / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        reason = write_tokenizer(subject.tokenizer, subject.tokenizer_file, staging)
+        reason = write_tokenizer(source.tokenizer, source.tokenizer_file, staging)
         if reason:
             notes.append(f"No tokenizer.json: {reason}. Use tokenizer.model with the sentencepiece package.")
-        exact = None if dtype == "fp32" else lambda: their_model(subject, chosen, folded)[0]
-        comparison = compare_with_folder(subject, chosen.name, staging, exact, has_tokenizer=reason is None)
-        card = model_card(subject, chosen.name, folded, comparison, dtype, size, notes)
+        exact = None if dtype == "fp32" else lambda: their_model(source, chosen, folded)[0]
+        comparison = compare_with_folder(source, chosen.name, staging, exact, has_tokenizer=reason is None)
+        card = model_card(source, chosen.name, folded, comparison, dtype, size, notes)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return Export(folder, chosen.name, comparison, notes)
 
@@ -87,17 +87,17 @@ def choose_architecture(model: ModelConfig, name: str = "auto") -> Architecture:
     return BART if post else MBART
 
 
-def their_model(subject: Subject, architecture: Architecture, folded: Folding) -> tuple[Iterable, dict, list[str]]:
+def their_model(source: ExportSource, architecture: Architecture, folded: Folding) -> tuple[Iterable, dict, list[str]]:
     """(their tensors by name, one after the other; keys of config.json; what a reader should know)."""
-    model = subject.config.model
-    weights = dict(fold(_with_positions(subject.weights, model, subject.plan), folded))
-    vocab_size = subject.tokenizer.vocab_size
+    model = source.config.model
+    weights = dict(fold(_with_positions(source.weights, model, source.plan), folded))
+    vocab_size = source.tokenizer.vocab_size
     epsilon = architecture.fixed_epsilon or model.layernorm_epsilon * folded.epsilon_factor
     settings = architecture.settings(model.model_copy(update={"layernorm_epsilon": epsilon}))
-    settings |= {"vocab_size": vocab_size, **special_ids(subject.tokenizer)}
+    settings |= {"vocab_size": vocab_size, **special_ids(source.tokenizer)}
     if model.family == "encoder_decoder" and "bos_token_id" in settings:
         settings["decoder_start_token_id"] = settings["bos_token_id"]
-    mapping = TensorMap(model, vocab_size, subject.padded_vocab_size, architecture.biases(model))
+    mapping = TensorMap(model, vocab_size, source.padded_vocab_size, architecture.biases(model))
     architecture.tensors(mapping, settings)
     notes = [f"The tensor {name} has no place in {architecture.name} and is left out."
              for name in weights if name not in {rule.ours for rule in mapping.rules}]

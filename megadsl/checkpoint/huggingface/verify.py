@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megadsl.checkpoint.subject import Subject
+from megadsl.checkpoint.export_source import ExportSource
 from megadsl.errors import UserError
 
 TOLERANCE = 1e-4
@@ -32,7 +32,7 @@ class Comparison:
     texts: int
 
 
-def compare_with_folder(subject: Subject, architecture: str, folder: Path, exact: Callable[[], Iterable] | None,
+def compare_with_folder(source: ExportSource, architecture: str, folder: Path, exact: Callable[[], Iterable] | None,
                         has_tokenizer: bool) -> Comparison:
     """Load `folder` and compare; `exact` gives the tensors in fp32 where the folder's are rounded.
 
@@ -40,11 +40,11 @@ def compare_with_folder(subject: Subject, architecture: str, folder: Path, exact
         UserError: other logits, other token ids, or a tensor too many or too few.
     """
     transformers = offline_transformers()
-    model = load_theirs(transformers, subject.config.model.family, folder)
+    model = load_theirs(transformers, source.config.model.family, folder)
     if type(model).__name__ != architecture:
         raise UserError(f"transformers loads {folder} as {type(model).__name__}, not {architecture}; nothing was written.")
-    sample = subject.sample()
-    ours = subject.logits(sample)
+    sample = source.sample()
+    ours = source.logits(sample)
     error, rounded = relative_error(their_logits(model, sample), ours), None
     if exact is not None:
         rounded = error
@@ -53,7 +53,7 @@ def compare_with_folder(subject: Subject, architecture: str, folder: Path, exact
     if not error <= TOLERANCE or rounded is not None and not rounded <= ROUNDED_TOLERANCE:
         worst = error if not error <= TOLERANCE else rounded
         raise UserError(f"The exported {architecture} gives other logits than our model (relative error {worst:.1e}); nothing was written.")
-    texts = _compare_ids(transformers, subject, folder) if has_tokenizer else 0
+    texts = _compare_ids(transformers, source, folder) if has_tokenizer else 0
     return Comparison(error, rounded, ours.shape[0] * ours.shape[1], texts)
 
 
@@ -85,7 +85,7 @@ def load_theirs(transformers, family: str, folder: Path) -> torch.nn.Module:
 
 @torch.inference_mode()
 def their_logits(model: torch.nn.Module, sample: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Their logits for a Subject's sample, [b, s, v]."""
+    """Their logits for a ExportSource's sample, [b, s, v]."""
     if "tokens" in sample:
         return model(input_ids=sample["tokens"]).logits
     return model(input_ids=sample["source_tokens"], attention_mask=sample["source_segments"],
@@ -104,12 +104,12 @@ def _assign(model: torch.nn.Module, tensors: Iterable) -> None:
         targets[name].copy_(tensor)
 
 
-def _compare_ids(transformers, subject: Subject, folder: Path) -> int:
+def _compare_ids(transformers, source: ExportSource, folder: Path) -> int:
     theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     library = sorted(Path(os.__file__).parent.glob("[a-b]*.py"))
     texts = [*_HARD_TEXTS, *(path.read_text(encoding="utf-8", errors="replace")[:20_000] for path in library)]
     for text in texts:
-        ours = subject.tokenizer.encode(text)
+        ours = source.tokenizer.encode(text)
         if theirs(text)["input_ids"] != ours:
             raise UserError(f"The exported tokenizer gives other ids than ours for a text that begins {text[:40]!r}; nothing was written.")
     return len(texts)

@@ -7,7 +7,7 @@ import torch
 
 from megadsl.config import Config
 from megadsl.data.keys import batch_keys
-from megadsl.model.blueprint import Blueprint
+from megadsl.model.builder import ModelBuilder
 from megadsl.model.decoder import decoder_entries
 from megadsl.model.encoder import encoder_entries
 from megadsl.model.encoder_decoder import encoder_decoder_entries
@@ -48,6 +48,6 @@ def define_model(config: Config, plan: SignalPlan, padded_vocab_size: int) -> Mo
     keys = batch_keys(config)
     inputs = tuple(key for key in keys if key not in _TARGETS)
     targets = tuple(key for key in keys if key in _TARGETS)
-    entries = _ENTRIES[config.model.family](Blueprint(config, plan, padded_vocab_size), inputs[1:])
+    entries = _ENTRIES[config.model.family](ModelBuilder(config, plan, padded_vocab_size), inputs[1:])
     loss = masked_and_order_loss if "sentence_order" in targets else language_model_loss
     return ModelDefinition(entries, inputs, targets, loss, plan.role_factors)

@@ -21,7 +21,7 @@ from megadsl.model.stream import Context, hidden_of, with_hidden
 from megadsl.schemes.plan import SignalPlan
 
 
-class Blueprint:
+class ModelBuilder:
     """Makes the entries of one model from its configuration and plan; builds nothing itself."""
 
     def __init__(self, config: Config, plan: SignalPlan, padded_vocab_size: int):

@@ -8,7 +8,7 @@ import torch
 
 from megadsl.config import Config
 from megadsl.data.tokenizer import Tokenizer
-from megadsl.model.stack import Stack
+from megadsl.model.stack import SequentialModel
 from megadsl.model.stream import hidden_of
 from megadsl.schemes.plan import SignalPlan
 
@@ -16,7 +16,7 @@ VERIFIED_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportSource:
     """A model to export.
 
     Attributes:
@@ -27,7 +27,7 @@ class Subject:
 
     config: Config
     plan: SignalPlan
-    stack: Stack
+    stack: SequentialModel
     inputs: tuple[str, ...]
     tokenizer: Tokenizer
     tokenizer_file: Path
