@@ -84,17 +84,17 @@ def one_process():
 
 @pytest.fixture
 def make_stack(one_process):
-    """Build an initialised model on one process: make_stack(config) -> (stack, plan); stack.definition is its definition."""
+    """Build an initialised model on one process: make_stack(config) -> (stack, plan); stack.definition and stack.task are its own."""
     def make(config: Config, vocab_size: int = 512):
-        from megadsl.model.definition import define_model
         from megadsl.model.init import initialize
         from megadsl.model.stack import SequentialModel
-        from megadsl.schemes.run import plan_for_run
+        from megadsl.tasks.planning import plan_for_run
+        from megadsl.tasks.registry import task_of
 
-        plan = plan_for_run(config)
-        definition = define_model(config, plan, vocab_size)
-        stack = SequentialModel(definition.entries, definition.loss)
-        stack.definition = definition
+        plan, task = plan_for_run(config), task_of(config)
+        definition = task.define_model(plan, vocab_size)
+        stack = SequentialModel(definition.entries)
+        stack.definition, stack.task = definition, task
         initialize(stack.canonical_parameters(), config.training.seed, 0, 1)
         return stack, plan
 

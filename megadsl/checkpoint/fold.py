@@ -80,7 +80,7 @@ def folding(plan: SignalPlan, model: ModelConfig) -> Folding:
             result.epsilon_factors[end] = scale ** -2
     if plan.head.hidden_scale != 1.0:
         end = "final_norm" if plan.norm_position == "pre" else f"{last.stack}.{last.layer}.mlp_bda.norm"
-        tied = "lm_head.norm" if model.family == "encoder" else end
+        tied = "lm_head.norm" if "head_dense" in plan.head.weight_std else end  # BERT's transform ends with a norm
         head = "output_head.linear" if model.untie_embeddings_and_output_weights else tied
         result.factors[head] = result.factors.get(head, 1.0) * plan.head.hidden_scale
     return result

@@ -30,7 +30,14 @@ class DamagedCheckpoint(Exception):
 class CheckpointInfo:
     """Where a run stood. `iteration` is the number of iterations done; the next one has this index.
 
-    optimizer_steps counts Adam's updates (for its bias correction); None: the checkpoint has no optimizer state.
+    Attributes:
+        padded_vocab_size: rows of the output matrix (of a vocabulary padded, or the number of classes).
+        tokenizer_sha256: None where the task has no tokenizer.
+        optimizer_steps: counts Adam's updates (for its bias correction); None: the checkpoint has no optimizer state.
+        task: task.name.
+        data_fingerprints: what identifies the data that the run reads (Task.data_fingerprints); None: not known (an import, or a
+            checkpoint of an older version).
+        first_loss: of the run's first finite iteration.
     """
 
     iteration: int
@@ -42,10 +49,13 @@ class CheckpointInfo:
     data: int
     zero_stage: int
     padded_vocab_size: int
-    tokenizer_sha256: str
+    tokenizer_sha256: str | None
     versions: dict[str, str]
     optimizer_steps: int | None = None
     loss_scaler: dict[str, float] = field(default_factory=dict)
+    task: str | None = None
+    data_fingerprints: dict[str, str] | None = None
+    first_loss: float | None = None
 
 
 @dataclass(frozen=True)

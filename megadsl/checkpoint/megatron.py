@@ -60,7 +60,7 @@ def export_megatron(source: ExportSource, folder: Path) -> float:
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(staging))
         loaded = stock_model(shape, source.padded_vocab_size, folded.epsilon_factor)
         _load(loaded, staging)
-        tokens = source.sample()["tokens"]
+        tokens = source.sample["tokens"]
         theirs, expected = stock_logits(loaded, tokens)[..., :source.tokenizer.vocab_size], source.logits({"tokens": tokens})
         error = relative_error(theirs, expected)
         if not error <= TOLERANCE:
@@ -90,13 +90,13 @@ def import_megatron(folder: Path, output: Path, config: Config, trust: bool) -> 
         raise UserError(f"{folder} does not hold a GPTModel of this shape ({reason}); check the model section.") from error
     weights = {our_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     with staged_folder(output) as staging:
-        write_initial(staging, config, plan, tokenizer, Path(config.tokenizer.model), vocab_size, unfold(weights, folded))
+        write_initial(staging, config, plan, tokenizer, vocab_size, unfold(weights, folded))
     return output
 
 
 def require_stock(model: ModelConfig) -> None:
     """Refuse what a stock GPTModel cannot hold, naming the key."""
-    for key, fits in (("family", model.family == "decoder"), ("norm_position", model.norm_position == "pre"),
+    for key, fits in (("family", tuple(model.stack_layers) == ("decoder",)), ("norm_position", model.norm_position == "pre"),
                       ("position_embedding_type", model.position_embedding_type in _POSITIONS),
                       ("embedding_layernorm", not model.embedding_layernorm)):
         if not fits:

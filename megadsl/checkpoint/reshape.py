@@ -6,10 +6,11 @@ layout, checks that the model fits it and cuts the files by its pipeline stages.
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,13 +21,18 @@ from megadsl.config import Config
 from megadsl.config.load import parse_config
 from megadsl.errors import UserError
 
+if TYPE_CHECKING:
+    from megadsl.model.stack import LayerEntry
+
 Tensors = Iterable[tuple[str, str, torch.Tensor]]
 
 
-def reshape(source: Path, output: Path, tensor: int, pipeline: int, zero_stage: int | None = None, file_bytes: int = FILE_BYTES) -> Path:
+def reshape(source: Path, output: Path, entries_of: "Callable[[Checkpoint, Config], list[LayerEntry]]", tensor: int, pipeline: int,
+            zero_stage: int | None = None, file_bytes: int = FILE_BYTES) -> Path:
     """Copy a checkpoint into one recorded for `tensor` x `pipeline` parallelism; holds at most `file_bytes` of tensors in memory.
 
     Args:
+        entries_of: the list of layers of a checkpoint under a configuration (a task knows it).
         zero_stage: None keeps the checkpoint's, or takes 1 where a pipeline needs it.
     """
     checkpoint = _intact(source)
@@ -36,7 +42,7 @@ def reshape(source: Path, output: Path, tensor: int, pipeline: int, zero_stage: 
     config = parse_config(values)
     info = replace(checkpoint.info, tensor=tensor, pipeline=pipeline, zero_stage=zero, versions=library_versions())
     with TensorReader(checkpoint.path, checkpoint.manifest) as reader:
-        stages = _stages(checkpoint, config, reader.names("weights"))
+        stages = _stages(checkpoint, pipeline, entries_of(checkpoint, config), reader.names("weights"))
         parts = {f"stage-{index:03d}": _copied(reader, names) for index, names in enumerate(stages)}
         return _write(output, checkpoint, config, info, parts, file_bytes)
 
@@ -65,13 +71,10 @@ def _intact(source: Path, kind: str = "") -> Checkpoint:
     return checkpoint
 
 
-def _stages(checkpoint: Checkpoint, config: Config, names: list[str]) -> list[list[str]]:
-    """Names of each pipeline stage, as training would cut the list of layers."""
-    from megadsl.model.definition import define_model  # takes seconds to import
-    from megadsl.model.stack import stage_bounds
+def _stages(checkpoint: Checkpoint, size: int, entries: "list[LayerEntry]", names: list[str]) -> list[list[str]]:
+    """Names of each of `size` pipeline stages, as training would cut the list of layers."""
+    from megadsl.model.stack import stage_bounds  # takes seconds to import
 
-    size = config.parallel.pipeline_model_parallel_size
-    entries = define_model(config, checkpoint.plan(), checkpoint.info.padded_vocab_size).entries
     bounds = stage_bounds(entries, size)
     stage = {}
     for index in range(size):
@@ -116,7 +119,7 @@ def _write(output: Path, source: Checkpoint, config: Config, info: CheckpointInf
     staging = output.with_name(f".saving-{output.name}.{os.getpid()}")
     try:
         staging.mkdir(parents=True)
-        files = write_small_files(staging, config, source.plan(), source.tokenizer)
+        files = write_small_files(staging, config, source.plan(), source.task_files())
         for part, tensors in parts.items():
             records, error = write_tensors(staging, part, tensors, file_bytes)
             if error is not None:

@@ -4,7 +4,7 @@
         manifest.json     all files with sizes and checksums, position, layout, library versions; written last
         config.yaml       the resolved configuration
         plan.json         the SignalPlan that the weights were drawn from
-        tokenizer.model   the SentencePiece model
+        tokenizer.model   the SentencePiece model, where the task has one, and other small files of the task
         weights/          full fp32 master weights by canonical name, in safetensors files of at most 1 GiB
         exp_avg/ exp_avg_sq/   Adam's moments, likewise
     RUN/checkpoints/latest   name of the newest complete folder
@@ -22,13 +22,14 @@ from pathlib import Path
 from megadsl.checkpoint.manifest import (
     CheckpointInfo, DamagedCheckpoint, FileRecord, Manifest, check_sizes, damaged_files, read_manifest, record_of, write_manifest,
 )
-from megadsl.config import Config, load_config, save_config
+from megadsl.config import Config, save_config
+from megadsl.config.load import load_saved_config
 from megadsl.data.atomic_files import written_atomically
 from megadsl.errors import UserError
 from megadsl.parallel.topology import Topology
 from megadsl.schemes.plan import SignalPlan
 
-SMALL_FILES = ("config.yaml", "plan.json", "tokenizer.model")
+SMALL_FILES = ("config.yaml", "plan.json")
 STAGING, REMOVED = ".saving-", ".removed-"
 
 
@@ -49,10 +50,16 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path:
+        """Where the tokenizer is, if the task has one."""
         return self.path / "tokenizer.model"
 
+    def task_files(self) -> dict[str, bytes]:
+        """The small files of the task, by name."""
+        names = [name for name in self.manifest.files if "/" not in name and name not in SMALL_FILES]
+        return {name: (self.path / name).read_bytes() for name in names}
+
     def config(self) -> Config:
-        return load_config(self.path / "config.yaml")
+        return load_saved_config(self.path / "config.yaml")
 
     def plan(self) -> SignalPlan:
         path = self.path / "plan.json"
@@ -156,7 +163,7 @@ def opened(path: Path) -> Checkpoint:
     absent = [name for name in SMALL_FILES if name not in checkpoint.manifest.files]
     if absent:
         raise DamagedCheckpoint(f"{absent[0]} is missing")
-    wrong = damaged_files(path, checkpoint.manifest, SMALL_FILES)
+    wrong = damaged_files(path, checkpoint.manifest, [name for name in checkpoint.manifest.files if "/" not in name])
     if wrong:
         raise DamagedCheckpoint(next(iter(wrong.values())))
     return checkpoint
@@ -189,14 +196,16 @@ def open_checkpoint(path: str | os.PathLike, kind: str | None = "weights") -> Ch
     raise UserError(f"There is no complete checkpoint in {path}{reasons}; give a run folder or one of its checkpoints/iteration-* folders.")
 
 
-def write_small_files(folder: Path, config: Config, plan: SignalPlan, tokenizer: Path) -> dict[str, FileRecord]:
-    """config.yaml, plan.json and tokenizer.model of a checkpoint."""
+def write_small_files(folder: Path, config: Config, plan: SignalPlan, files: dict[str, bytes]) -> dict[str, FileRecord]:
+    """config.yaml, plan.json and the `files` of the task (by name) of a checkpoint."""
     save_config(config, folder / "config.yaml")
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    for name in SMALL_FILES:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    names = (*SMALL_FILES, *files)
+    for name in names:
         sync(folder / name)
-    return {name: record_of(folder / name) for name in SMALL_FILES}
+    return {name: record_of(folder / name) for name in names}
 
 
 def complete_folder(folder: Path, info: CheckpointInfo, files: dict[str, FileRecord]) -> None:

@@ -15,7 +15,9 @@ def config_from_arguments(arguments: list[str]) -> Config:
     overrides = [argument for argument in arguments if argument not in files]
     if not files:
         raise UserError("Name a configuration file first, for example configs/decoder-192.yaml.")
-    return load_config(files, overrides)
+    from megadsl.tasks.registry import resolved
+
+    return resolved(load_config(files, overrides))
 
 
 @contextmanager

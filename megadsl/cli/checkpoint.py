@@ -74,8 +74,9 @@ def reshape(
     """Copy a checkpoint for another layout: verified, recorded, cut by its stages. Resuming under another layout does without:
     any checkpoint resumes under any layout by itself."""
     from megadsl.checkpoint.reshape import reshape as write_reshaped
+    from megadsl.tasks.trained import entries_of_checkpoint
 
-    print(f"wrote {write_reshaped(source, output, tensor_parallel, pipeline_parallel, zero_stage)}")
+    print(f"wrote {write_reshaped(source, output, entries_of_checkpoint, tensor_parallel, pipeline_parallel, zero_stage)}")
 
 
 def _lines(report: dict) -> list[str]:

@@ -18,17 +18,18 @@ def export(
     """Write a plain model, the scheme folded into its weights; reloads it and compares logits before the folder appears."""
     from megadsl.checkpoint.huggingface.export import choose_architecture, export_huggingface
     from megadsl.checkpoint.store import open_checkpoint
+    from megadsl.tasks.export import export_source
 
     opened, begun = open_checkpoint(checkpoint), time.perf_counter()
     model = opened.config().model
     if format == "megatron":
         from megadsl.checkpoint.megatron import export_megatron
 
-        error = export_megatron(_subject(opened), output)
+        error = export_megatron(export_source(opened), output)
         typer.echo(f"{output}: GPTModel, largest relative difference of logits {error:.1e}; {time.perf_counter() - begun:.1f} s")
         return
     choose_architecture(model, architecture).require(model)  # before the weights are read
-    result = export_huggingface(_subject(opened), output, architecture, dtype)
+    result = export_huggingface(export_source(opened), output, architecture, dtype)
     for note in result.notes:
         typer.echo(f"note: {note}")
     found = result.comparison
@@ -51,6 +52,7 @@ def import_(
     from megadsl.checkpoint.huggingface.verify import TOLERANCE, load_theirs, offline_transformers, relative_error, their_logits
     from megadsl.checkpoint.store import open_checkpoint
     from megadsl.errors import UserError
+    from megadsl.tasks.export import export_source
 
     if format == "megatron":
         if config is None:
@@ -60,8 +62,8 @@ def import_(
     transformers = offline_transformers()
     import_huggingface(folder, output, scheme, tokenizer)
     try:
-        source = _subject(open_checkpoint(output))
-        sample = source.sample()
+        source = export_source(open_checkpoint(output))
+        sample = source.sample
         theirs = their_logits(load_theirs(transformers, source.config.model.family, folder), sample)
         error = relative_error(theirs[..., :source.tokenizer.vocab_size], source.logits(sample))
         if not error <= TOLERANCE:
@@ -85,17 +87,3 @@ def _import_megatron(folder: Path, output: Path, config: Path, trust: bool) -> N
     initialize_groups(Launch.alone(), Topology(1, 1, 1), prepare_device("cpu"))
     import_megatron(folder, output, loaded, trust)
     typer.echo(f"{output}: scheme {loaded.scheme.name}; start from it with checkpoint.init_from={output}")
-
-
-def _subject(opened):
-    """A checkpoint as what an export is about, in fp32 on the CPU."""
-    from megadsl.checkpoint.export_source import ExportSource
-    from megadsl.inference.load import load_model
-
-    model, info = load_model(opened, "cpu", precision="fp32"), opened.info
-    facts = {
-        "Training": f"{info.iteration} steps, {info.consumed_samples} sequences of {model.config.model.seq_length} tokens",
-        "Last loss": "none" if info.loss is None else f"{info.loss:.4f} nats per token",
-    }
-    return ExportSource(model.config, opened.plan(), model.stack, model.definition.inputs, model.tokenizer, opened.tokenizer,
-                   info.padded_vocab_size, facts)

@@ -79,9 +79,15 @@ def show(
 ) -> None:
     """Print the first samples of a run as pieces: what the model reads and what it must predict."""
     config = config_from_arguments(arguments)
-    from megadsl.cli.data_show import show_samples
+    from rich.console import Console
 
-    show_samples(config, split, samples)
+    from megadsl.tasks.registry import task_of
+
+    task = task_of(config)
+    task.check()
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    for shown in task.describe_samples(split, samples):
+        console.print(shown, markup=False)
 
 
 def _made(reused: bool) -> str:

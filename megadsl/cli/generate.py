@@ -4,8 +4,6 @@ from typing import Literal
 
 import typer
 
-from megadsl.errors import UserError
-
 
 def generate(
     checkpoint: str = typer.Argument(..., help="A run folder or one of its checkpoints."),
@@ -24,22 +22,12 @@ def generate(
     from megadsl.checkpoint.store import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    from megadsl.inference.generate import generate as generate_text
-    from megadsl.inference.load import load_model
     from megadsl.inference.sampling import Sampling
-    from megadsl.inference.seq2seq import generate_target
+    from megadsl.tasks.trained import load_trained
 
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)
-    family = opened.config().model.family
-    if family == "encoder":
-        raise UserError(f"{checkpoint} is an encoder, which writes no text; megadsl evaluate shows what it predicts.")
-    if family == "decoder" and num_beams > 1:
-        raise UserError("--num-beams is for encoder-decoders; this checkpoint is a decoder.")
-    model = load_model(opened, device)
-    if family == "encoder_decoder":
-        texts = generate_target(model, prompt, max_new_tokens, sampling, num_samples, num_beams)
-    else:
-        texts = [prompt + text for text in generate_text(model, prompt, max_new_tokens, sampling, num_samples)]
+    task, model = load_trained(opened, device)
+    texts = task.generate(model, prompt, max_new_tokens, sampling, num_samples, num_beams)
     for index, text in enumerate(texts):
         if num_samples > 1:
             print(f"--- sample {index + 1}")

@@ -9,7 +9,8 @@ from megadsl.cli.arguments import config_from_arguments, writing
 from megadsl.errors import UserError
 from megadsl.schemes.plan import SignalPlan, StreamPrediction, SublayerPlan
 from megadsl.schemes.registry import SCHEMES
-from megadsl.schemes.run import describe_inputs, plan_for_comparison, plan_for_run
+from megadsl.tasks.planning import plan_for_comparison, plan_for_run
+from megadsl.tasks.registry import task_of
 
 # A table longer than this is cut in the middle; 1000 layers are 2000 rows.
 SHOWN_ROWS = 24
@@ -49,9 +50,9 @@ def plan(
         print(texts[0] if len(texts) == 1 else "[" + ",\n".join(texts) + "]")
         return
     if len(plans) == 1:
-        _print_table(*plans.values(), describe_inputs(config), full)
+        _print_table(*plans.values(), task_of(config).describe_inputs(), full)
     else:
-        _print_comparison(plans, describe_inputs(config), full)
+        _print_comparison(plans, task_of(config).describe_inputs(), full)
     for label, one in plans.items():
         if one.role_factors:
             print(_factors(label, one))
@@ -115,7 +116,7 @@ def _print_comparison(plans: dict[str, SignalPlan], inputs: str, full: bool) -> 
 
 
 def _place(plan: SignalPlan, sublayer: SublayerPlan) -> tuple[str, str]:
-    layer = f"{sublayer.stack[:3]} {sublayer.layer}" if plan.family == "encoder_decoder" else str(sublayer.layer)
+    layer = f"{sublayer.stack[:3]} {sublayer.layer}" if len(plan.stacks) > 1 else str(sublayer.layer)
     return layer, sublayer.kind
 
 

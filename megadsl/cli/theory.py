@@ -52,7 +52,7 @@ def predict(
     figure: Path = typer.Option(None, help="write a PNG of the profile"),
 ) -> None:
     """The depth profile of a configuration: the residual stream after every sublayer."""
-    from megadsl.schemes.run import profile_for_run
+    from megadsl.tasks.planning import profile_for_run
 
     if level not in ("matrix", "scalar"):
         raise UserError(f"--level must be matrix or scalar, not {level}.")

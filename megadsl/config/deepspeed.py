@@ -43,9 +43,10 @@ def _derived(config: Config, world_size: int) -> dict:
         derived[training.precision] = {"enabled": True}
     if training.precision == "bf16" and parallel.pipeline_model_parallel_size > 1:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
-    if parallel.pipeline_model_parallel_size > 1 and config.model.family == "encoder_decoder":
-        # DeepSpeed can slice what it sends over tensor-parallel ranks, but only where one tensor of it has a gradient; here
-        # the decoder's hidden state and the memory both have.
+    several_gradients = len(config.model.stack_layers) > 1 or config.model.position_embedding_type == "relative"
+    if parallel.pipeline_model_parallel_size > 1 and several_gradients:
+        # DeepSpeed can slice what it sends over tensor-parallel ranks, but only where one tensor of it has a gradient; an
+        # encoder's memory and a relative bias have one too, beside the hidden state.
         derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return derived
 

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -13,6 +14,18 @@ from pydantic import BaseModel, ValidationError
 
 from megadsl.config.run import Config
 from megadsl.errors import UserError
+
+SectionType = TypeVar("SectionType", bound=BaseModel)
+# Options of language modelling that stood in section data once: old key there -> key of section task.
+_MOVED = {
+    name: name for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "prefix_lm", "masking_probability",
+                            "masking_do_full_word", "sentence_order", "noise_density", "mean_noise_span_length")
+} | {"denoising": "corruption"}
+_FORMER_OPTIONS = {
+    "decoder": {"reset_position_ids", "reset_attention_mask", "eod_mask_loss", "prefix_lm"},
+    "encoder": {"reset_position_ids", "reset_attention_mask", "masking_probability", "masking_do_full_word", "sentence_order"},
+    "encoder_decoder": {"corruption", "noise_density", "mean_noise_span_length"},
+}
 
 
 def load_config(files: Sequence[str | os.PathLike] | str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
@@ -32,12 +45,36 @@ def load_config(files: Sequence[str | os.PathLike] | str | os.PathLike, override
     return parse_config(merged)
 
 
+def load_saved_config(path: Path) -> Config:
+    """The configuration that `save_config` wrote, also by an earlier version."""
+    return parse_config(upgraded(OmegaConf.to_container(_read_yaml(path))))
+
+
 def parse_config(values: dict) -> Config:
     """Validate a plain nested dict (as `load_config` does after merging)."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_sentence(error.errors()[0])) from error
+
+
+def validate_section(section: type[SectionType], values: dict, prefix: str) -> SectionType:
+    """`values` as a section that stands under `prefix`; UserError at the first unknown key or wrong value."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error.errors()[0], section, (prefix,))) from error
+
+
+def upgraded(values: dict) -> dict:
+    """The values of a configuration that an earlier version wrote, under today's keys (data.prefix_lm is task.prefix_lm now)."""
+    data = values.get("data") or {}
+    moved = {new: data[old] for old, new in _MOVED.items() if old in data}
+    if not moved:
+        return values
+    keys = _FORMER_OPTIONS[(values.get("model") or {}).get("family", "decoder")]
+    task = {new: value for new, value in moved.items() if new in keys}
+    return {**values, "data": {key: value for key, value in data.items() if key not in _MOVED}, "task": task}
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -76,12 +113,15 @@ def _long_scheme(layer):
     return layer
 
 
-def _sentence(error: dict) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _sentence(error: dict, section: type[BaseModel] = Config, prefix: tuple[str, ...] = ()) -> str:
+    """One error of pydantic as a sentence; its location is within `section`, which stands under `prefix`."""
+    key = ".".join(map(str, (*prefix, *error["loc"])))
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
+        if prefix + error["loc"][:-1] == ("data",) and error["loc"][-1] in _MOVED:
+            return f"Unknown key {key}; it is task.{_MOVED[error['loc'][-1]]} now."
+        known = _known_keys(error["loc"][:-1], section)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.0)
-        hint = f"; did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])}?" if near else ""
+        hint = f"; did you mean {'.'.join([*prefix, *map(str, error['loc'][:-1]), near[0]])}?" if near else "; this section has no keys."
         return f"Unknown key {key}{hint}"
     if error["type"] == "value_error":
         return f"{key + ': ' if key else ''}{error['ctx']['error']}."
@@ -89,8 +129,7 @@ def _sentence(error: dict) -> str:
     return f"{key}: {message}, not {error['input']!r}."
 
 
-def _known_keys(parents: tuple) -> list[str]:
-    section: type[BaseModel] = Config
+def _known_keys(parents: tuple, section: type[BaseModel]) -> list[str]:
     for name in parents:
         if isinstance(name, int):
             continue

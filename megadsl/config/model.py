@@ -11,6 +11,8 @@ from megadsl.config.section import Section
 
 Family = Literal["decoder", "encoder", "encoder_decoder"]
 Activation = Literal["relu", "gelu", "tanh_gelu", "silu", "squared_relu", "swiglu", "geglu"]
+# The stacks of each family, in forward order.
+_STACKS = {"decoder": ("decoder",), "encoder": ("encoder",), "encoder_decoder": ("encoder", "decoder")}
 GATED_ACTIVATIONS = frozenset({"swiglu", "geglu"})
 
 
@@ -71,6 +73,18 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def stack_layers(self) -> dict[str, int]:
+        """Layers by stack, in forward order."""
+        stacks = _STACKS[self.family]
+        return {stack: self.decoder_layers if stack != stacks[0] else self.num_layers for stack in stacks}
+
+    @property
+    def stack_lengths(self) -> dict[str, int]:
+        """Positions that flow through each stack for one sample."""
+        stacks = _STACKS[self.family]
+        return {stack: self.target_length if stack != stacks[0] else self.seq_length for stack in stacks}
 
     @property
     def decoder_layers(self) -> int:

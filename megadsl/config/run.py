@@ -6,6 +6,7 @@ from megadsl.config.data import DataConfig, TokenizerConfig
 from megadsl.config.model import ModelConfig, SchemeConfig
 from megadsl.config.parallel import ParallelConfig
 from megadsl.config.section import Section
+from megadsl.config.task import TaskConfig
 from megadsl.config.training import CheckpointConfig, MonitorConfig, OptimizerConfig, TrainingConfig
 from megadsl.errors import UserError
 
@@ -15,6 +16,7 @@ class Config(Section):
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     scheme: SchemeConfig = Field(default_factory=SchemeConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -41,7 +43,7 @@ class Config(Section):
         for key, size in sizes.items():
             if size % tensor:
                 raise ValueError(f"{key} {size} is not divisible by parallel.tensor_model_parallel_size {tensor}")
-        layers = model.num_layers + (model.decoder_layers if model.family == "encoder_decoder" else 0)
+        layers = sum(model.stack_layers.values())
         if layers < stages:
             raise ValueError(
                 f"parallel.pipeline_model_parallel_size {stages} is more than the model's {layers} layers; use fewer stages"
@@ -51,35 +53,6 @@ class Config(Section):
                 f"parallel.zero_stage 0 does not go with training.precision {self.training.precision} "
                 "(DeepSpeed would clip with a wrong norm); set parallel.zero_stage=1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _objective_fits(self) -> "Config":
-        data, family = self.data, self.model.family
-        belongs = {
-            ("decoder", "encoder"): ("reset_position_ids", "reset_attention_mask"),
-            ("decoder",): ("eod_mask_loss", "prefix_lm"),
-            ("encoder",): ("masking_probability", "masking_do_full_word", "sentence_order"),
-            ("encoder_decoder",): ("denoising", "noise_density", "mean_noise_span_length"),
-        }
-        for families, keys in belongs.items():
-            for key in keys:
-                if family not in families and getattr(data, key) != DataConfig.model_fields[key].default:
-                    way_out = f"it is an option of {' and '.join(families)}"
-                    raise ValueError(f"data.{key} does not go with model.family {family}; {way_out}")
-        resets = data.reset_position_ids or data.reset_attention_mask
-        if data.sentence_order and resets:
-            raise ValueError(
-                "data.sentence_order compares two halves of a sequence, which data.reset_position_ids and "
-                "data.reset_attention_mask cut into documents; switch one of them off"
-            )
-        if data.sentence_order and self.model.num_tokentypes < 2:
-            raise ValueError(
-                f"data.sentence_order tells two halves apart by token types, but model.num_tokentypes is "
-                f"{self.model.num_tokentypes}; set model.num_tokentypes=2"
-            )
-        if self.model.num_tokentypes and family != "encoder":
-            raise ValueError(f"model.num_tokentypes does not go with model.family {family}; only an encoder has token types")
         return self
 
     def data_parallel_size(self, world_size: int) -> int:

@@ -54,8 +54,14 @@ class CheckpointConfig(Section):
     """When checkpoints are written, how they are verified and how many are kept."""
 
     init_from: str | None = Field(
-        None, description="a checkpoint or run folder whose weights a new run starts from, with a fresh optimizer at iteration 0"
+        None, description="a checkpoint or run folder whose weights a new run starts from, with a fresh optimizer at iteration 0; its "
+        "task, head and sequence length may be others"
     )
+    init_positions: Literal["interpolate", "fresh"] = Field(
+        "interpolate", description="learned positions where init_from has fewer or more: stretched linearly, or kept as far as they go "
+        "and the rest drawn",
+    )
+    allow_data_change: bool = Field(False, description="resume though data.datasets are not those that the checkpoint was trained with")
     save_interval: int = Field(0, ge=0, description="save every so many iterations; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="older checkpoints are removed")
     keep_every: int = Field(0, ge=0, description="checkpoints of iterations that are multiples of this stay for ever; 0: none")

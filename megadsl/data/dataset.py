@@ -7,16 +7,21 @@
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
-from megadsl.config import Config
-from megadsl.data.lengths import Window, check_objective, raw_window
 from megadsl.data.atomic_files import read_json, sizes_match
-from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 
 MANIFEST, STATISTICS, TOKENIZER = "dataset.json", "stats.json", "tokenizer.model"
 FORMAT = 1
 _KEYS = {"file_bytes", "splits", "tokenizer_sha256"}
+
+
+class Window(NamedTuple):
+    """`length` new tokens and `overlap` tokens that the next window of the stream holds too."""
+
+    length: int
+    overlap: int = 0
 
 
 def load_dataset(folder: Path, tokenizer_sha256: str | None = None) -> dict:
@@ -43,19 +48,3 @@ def require_tokens(folder: Path, manifest: dict, split: str, window: Window) -> 
             f"The {split} split of {folder} holds {tokens} tokens, less than one sequence, which needs {sum(window)}; use "
             "more text (or smaller documents: megadsl data corpus --max-document-chars), or a smaller model.seq_length."
         )
-
-
-def check_datasets(config: Config) -> Tokenizer:
-    """Load the tokenizer and check every dataset of the run; in milliseconds, without torch."""
-    if not config.data.datasets:
-        raise UserError("data.datasets is empty; name a folder of megadsl data preprocess, for example data.datasets=DIR.")
-    tokenizer = Tokenizer.load(config.tokenizer.model)
-    check_objective(config, tokenizer)
-    window = raw_window(config)
-    splits = ("train", "validation") if config.training.eval_iters else ("train",)
-    for dataset in config.data.datasets:
-        folder = Path(dataset.path)
-        manifest = load_dataset(folder, tokenizer.sha256)
-        for split in splits:
-            require_tokens(folder, manifest, split, window)
-    return tokenizer

@@ -12,8 +12,11 @@ _LOG_SECONDS = 30
 
 
 @contextmanager
-def progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
+def progress(description: str, total: float, enabled: bool = True) -> Iterator[Callable[[float], None]]:
     """Gives `advance(amount)`; the bar goes to stderr so that stdout keeps the result."""
+    if not enabled:
+        yield lambda amount: None
+        return
     start = time.monotonic()
     console = Console(file=sys.stderr)
     if console.is_terminal:

@@ -8,11 +8,13 @@ Shape letters: b micro-batch, s sequence.
 import atexit
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+Sample = dict[str, torch.Tensor]
 
 _PREFETCHED_MICRO_BATCHES = 4
 _SCHEDULER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -36,20 +38,21 @@ class MicroBatches:
 
     With `num_samples` it ends after that many samples (over all ranks), else with the dataset, which may be never.
     `num_workers` processes read ahead; 0 reads in this one. The order is the same, and torch's default random generator
-    is not touched.
+    is not touched. `collate` makes a micro-batch of samples (default: it stacks them); `pin_memory` for copies to a GPU.
     """
 
     def __init__(
         self, dataset: Dataset, *, consumed_samples: int, micro_batch_size: int, global_batch_size: int,
         data_parallel_rank: int = 0, data_parallel_size: int = 1, num_workers: int = 0, num_samples: int | None = None,
+        collate: Callable[[list[Sample]], Sample] | None = None, pin_memory: bool = False,
     ):
         end = len(dataset) if num_samples is None else consumed_samples + num_samples
         order = _Order(consumed_samples, end, (micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size))
         ahead = {"prefetch_factor": _PREFETCHED_MICRO_BATCHES, "multiprocessing_context": "fork"} if num_workers else {}
         # Without a generator of its own the loader draws a seed from the default one, which dropout shares.
         loader = DataLoader(
-            dataset, batch_sampler=order, num_workers=num_workers, collate_fn=_stack, generator=torch.Generator(),
-            worker_init_fn=_ignore_signals, **ahead,
+            dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate or _stack, generator=torch.Generator(),
+            worker_init_fn=_ignore_signals, pin_memory=pin_memory, **ahead,
         )
         # Blocked until the readers ignore them (_ignore_signals): a signal in between would kill a reader.
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULER_SIGNALS if num_workers else ())

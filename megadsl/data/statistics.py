@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadsl.data.dataset import STATISTICS, TOKENIZER, load_dataset
-from megadsl.data.lengths import Window
+from megadsl.data.dataset import STATISTICS, TOKENIZER, Window, load_dataset
 from megadsl.data.atomic_files import write_json
 from megadsl.data.tokenizer import Tokenizer
 

@@ -27,11 +27,13 @@ class Tokenizer:
 
     With a model of `megadsl tokenizer train`, decode(encode(text)) == text for every text that has an UTF-8 form; a lone
     surrogate has none and becomes U+FFFD. Control pieces such as <mask> never come out of encode, whatever the text holds.
+
+    `content` is the file as it was read: what becomes of the file later does not matter.
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.name = name
+        self.name, self.content = name, model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.unique_identifiers = OrderedDict({"class": type(self).__name__, "sha256": self.sha256})

@@ -16,8 +16,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megadsl.data.dataset import require_tokens
-from megadsl.data.lengths import Window
+from megadsl.data.dataset import Window, require_tokens
 from megadsl.data.tokenizer import Tokenizer
 
 _MEGATRON_SPLITS = {"train": Split.train, "validation": Split.valid, "test": Split.test}

@@ -10,6 +10,7 @@ import torch
 from megadsl.errors import UserError
 from megadsl.inference.load import TrainedModel
 from megadsl.inference.sampling import Sampling
+from megadsl.model.activations import Activations
 from megadsl.model.cache import KeyValueCache
 from megadsl.model.embedding import EmbeddingSum, RelativePositions
 from megadsl.model.layer import Layer
@@ -60,10 +61,10 @@ def sample(next_logits, tokens: torch.Tensor, steps: int, sampling: Sampling, en
 
 def next_token_logits(model: TrainedModel, tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
     """Logits [b, v] after `tokens` [b, s], which follow what `cache` holds; they are cached too."""
-    return run_cached(model.stack.calls(), tokens, cache, tokens.size(1))
+    return run_cached(model.network.calls(), Activations(tokens=tokens), cache, tokens.size(1))
 
 
-def run_cached(calls: list[tuple[LayerEntry, Callable]], value, cache: KeyValueCache, length: int) -> torch.Tensor:
+def run_cached(calls: list[tuple[LayerEntry, Callable]], value: Activations, cache: KeyValueCache, length: int) -> torch.Tensor:
     """Logits [b, v] after the last of the `length` tokens that `value` brings; their keys and values are cached."""
     offset = cache.length
     if offset and length > 1:
@@ -76,6 +77,6 @@ def run_cached(calls: list[tuple[LayerEntry, Callable]], value, cache: KeyValueC
         else:
             value = call(value)
         if entry.name == "final_norm":
-            value = value[-1:]  # only the last position is asked for
+            value = value.replace(hidden=value.hidden[-1:])  # only the last position is asked for
     cache.advance(length)
-    return value[0]
+    return value["logits"][0]

@@ -14,6 +14,8 @@ from megadsl.errors import UserError
 from megadsl.inference.generate import run_cached, sample
 from megadsl.inference.load import TrainedModel
 from megadsl.inference.sampling import Sampling
+from megadsl.model.activations import Activations
+from megadsl.model.builder import TARGET_WORDS
 from megadsl.model.cache import KeyValueCache
 
 
@@ -21,23 +23,20 @@ class Decoding:
     """One encoded source, and the logits of what may follow it."""
 
     def __init__(self, model: TrainedModel, source: list[int], num_rows: int):
-        calls = model.stack.calls()
-        bridge = next(index for index, (entry, _) in enumerate(calls) if entry.name == "bridge")
-        self._bridge, self._decoder = calls[bridge][1], calls[bridge + 1:]
-        # Target tokens wait behind the encoder's hidden state and its relative bias, where there is one.
-        self._before_tokens = 2 if calls[bridge][0].tied_forward.biased else 1
-        value = (torch.tensor([source] * num_rows, device=model.device), torch.zeros(num_rows, 1, dtype=torch.long, device=model.device))
+        calls = model.network.calls()
+        start = next(index for index, (entry, _) in enumerate(calls) if entry.name == TARGET_WORDS)
+        self._decoder = calls[start:]
+        value = Activations(source_tokens=torch.tensor([source] * num_rows, device=model.device))
         if "source_segments" in model.definition.inputs:
-            value = (*value, torch.ones_like(value[0]))
-        for _, call in calls[:bridge]:
+            value = value.replace(source_segments=torch.ones_like(value["source_tokens"]))
+        for _, call in calls[:start]:
             value = call(value)
         self._encoded, self.device = value, model.device
         self.cache = KeyValueCache(num_rows, model.config.model.target_length)
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [b, 1] -> logits [b, v]."""
-        before, after = self._encoded[:self._before_tokens], self._encoded[self._before_tokens + 1:]
-        return run_cached(self._decoder, self._bridge((*before, tokens, *after)), self.cache, tokens.size(1))
+        return run_cached(self._decoder, self._encoded.replace(target_tokens=tokens), self.cache, tokens.size(1))
 
 
 @torch.inference_mode()

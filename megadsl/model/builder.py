@@ -1,8 +1,9 @@
-"""What the three families share when they write down their list of layers: the entries of embedding, layers and head.
+"""Entries of a model's list, made from its configuration and plan: what trunks and tasks put together.
 
 Shape letters: s sequence, b micro-batch, h hidden, v padded vocabulary.
 """
 
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,56 +12,90 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megadsl.config import Config
-from megadsl.model.embedding import EmbeddingSum, RelativePositions, WordEmbedding
+from megadsl.config.model import ModelConfig
+from megadsl.model.activations import Activations
+from megadsl.model.embedding import EmbeddingSum, RelativePositions, TargetWords, WordEmbedding
 from megadsl.model.head import MaskedHead, OutputBias, OutputHead, TiedHead
 from megadsl.model.init import tag_norm
 from megadsl.model.layer import ACTIVATIONS, Layer, transformer_config
 from megadsl.model.masks import Remembered, attention_mask
 from megadsl.model.stack import LayerEntry
-from megadsl.model.stream import Context, hidden_of, with_hidden
 from megadsl.schemes.plan import SignalPlan
+
+
+TARGET_WORDS = "target_words"  # where a decoder that writes token by token starts anew
+
+
+@dataclass(frozen=True)
+class TaskLayers:
+    """What a task puts around the trunk.
+
+    Attributes:
+        inputs: entries that make the hidden state from the batch's tensors.
+        head: entries from the normed hidden state to what the loss reads.
+        context: names of the batch's tensors that flow beside the hidden state through all layers and reach the head: segments
+            (documents from 1 on, 0: padding), prefix_length, source_segments.
+        target_inputs: of an encoder_decoder: entries that make the decoder's hidden state.
+        target_context: names of the batch's tensors that wait for those entries.
+        isolated: documents packed into one sequence do not see each other.
+    """
+
+    inputs: list[LayerEntry]
+    head: list[LayerEntry]
+    context: tuple[str, ...] = ()
+    target_inputs: list[LayerEntry] = field(default_factory=list)
+    target_context: tuple[str, ...] = ()
+    isolated: bool = False
 
 
 class ModelBuilder:
     """Makes the entries of one model from its configuration and plan; builds nothing itself."""
 
-    def __init__(self, config: Config, plan: SignalPlan, padded_vocab_size: int):
-        self.config, self.model, self.plan, self.padded_vocab_size = config, config.model, plan, padded_vocab_size
+    def __init__(self, config: Config, model: ModelConfig, plan: SignalPlan, padded_vocab_size: int):
+        self.config, self.model, self.plan, self.padded_vocab_size = config, model, plan, padded_vocab_size
         self.tensor_parallel_size = config.parallel.tensor_model_parallel_size
         self.core = transformer_config(self.model, self.tensor_parallel_size, config.training.precision)
         self.tied = not self.model.untie_embeddings_and_output_weights
 
-    def word_embedding(self, shared: bool = False) -> LayerEntry:
-        """The word table; `shared`: entries further down use it again."""
+    def word_embedding(self, source: str = "tokens", shared: bool = False) -> LayerEntry:
+        """The word table over the batch's tensor `source`; `shared`: entries further down use it again."""
         std = self.plan.embedding.weight_std["word_embedding"]
-        return LayerEntry("embedding.word", partial(WordEmbedding, self.core, self.padded_vocab_size, std),
+        return LayerEntry("embedding.word", partial(WordEmbedding, self.core, self.padded_vocab_size, std, source),
                           tied_key="word_embedding" if shared or self.tied else None)
 
-    def embedding_sum(self, name: str, max_positions: int, names: tuple[str, ...] = ()) -> LayerEntry:
-        """Positions, token types, norm and dropout; uses "tokentypes" of the context up."""
-        return LayerEntry(name, partial(EmbeddingSum, self.core, self.model, self.plan.embedding, max_positions, names,
-                                        self.config.data.reset_position_ids))
+    def target_words(self) -> LayerEntry:
+        """The decoder's hidden state from "target_tokens" and the shared word table."""
+        return LayerEntry(TARGET_WORDS, None, tied_key="word_embedding", tied_forward=TargetWords())
 
-    def layers(self, stack: str, causal: bool, names: tuple[str, ...] = ()) -> list[LayerEntry]:
-        """The layers of one stack, behind its relative positions where the model has them."""
-        entries = []
+    def embedding_sum(self, name: str, max_positions: int, reset_positions: bool = False) -> LayerEntry:
+        """Positions, token types, norm and dropout; uses "tokentypes" up, and "segments" where positions start anew in each."""
+        return LayerEntry(name, partial(EmbeddingSum, self.core, self.model, self.plan.embedding, max_positions, reset_positions))
+
+    def layers(self, stack: str, causal: bool, context: tuple[str, ...] = (), isolated: bool = False) -> list[LayerEntry]:
+        """The layers of one stack, behind its relative positions where the model has them.
+
+        Args:
+            context: names of what flows beside the hidden state.
+            isolated: see Masks.
+        """
+        entries, takes = [], ("hidden", *context)
         if self.model.position_embedding_type == "relative":
             entries.append(LayerEntry(f"{stack}.relative_position", partial(
-                RelativePositions, self.model, self.tensor_parallel_size, causal, names)))
-            names = ("position_bias", *names)
-        masks = Masks(causal, self.config.data.reset_attention_mask)
+                RelativePositions, self.model, self.tensor_parallel_size, causal)))
+            takes = (*takes, "position_bias")
+        masks = Masks(causal, isolated)
         rotary = self._rotary() if self.model.position_embedding_type == "rope" else None
         entries += [
             LayerEntry(f"{stack}.{index}", partial(
-                Layer, self.model, self.core, index, self.plan.layer(stack, index), self.plan.norm_position, causal, names, masks,
-                rotary, self.config.training.recompute), is_layer=True)
+                Layer, self.model, self.core, index, self.plan.layer(stack, index), self.plan.norm_position, causal, masks, rotary,
+                self.config.training.recompute), takes=takes)
             for index in range(self.plan.num_layers(stack))
         ]
         return entries
 
-    def stack_end(self, name: str = "final_norm", keep_context: bool = False) -> LayerEntry:
-        """The norm at the end of a stack (Post-LN has normalised already), and the end of its context."""
-        return LayerEntry(name, partial(StackEnd, self.core, self.plan.norm_position == "pre", keep_context))
+    def stack_end(self, name: str = "final_norm", keep: tuple[str, ...] = ()) -> LayerEntry:
+        """The norm at the end of a stack (Post-LN has normalised already), and the end of its context, but for `keep`."""
+        return LayerEntry(name, partial(StackEnd, self.core, self.plan.norm_position == "pre", keep))
 
     def masked_head(self, sentence_order: bool) -> LayerEntry:
         """BERT's transform in front of the logits."""
@@ -86,7 +121,7 @@ class ModelBuilder:
 
 
 class Masks:
-    """(hidden, context) -> the masks of self- and cross-attention of a stack's layers.
+    """Activations -> the masks of self- and cross-attention of a stack's layers.
 
     Args:
         causal: a decoder's stack.
@@ -97,29 +132,28 @@ class Masks:
         self.causal, self.isolated = causal, isolated
         self._own, self._memory = Remembered(attention_mask), Remembered(attention_mask)
 
-    def __call__(self, hidden: torch.Tensor, context: Context) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        length, device, biased = hidden.size(0), hidden.device, "position_bias" in context
-        segments = context.get("segments") if self.isolated else None
-        source = context.get("source_segments")
-        if "memory" in context:
+    def __call__(self, value: Activations) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        length, device, biased = value.hidden.size(0), value.hidden.device, "position_bias" in value
+        segments = value.get("segments") if self.isolated else None
+        source = value.get("source_segments")
+        if "memory" in value:
             memory = self._memory(False, length, device, source)
         else:
             memory, segments = None, segments if source is None else source
-        own = self._own(self.causal, length, device, segments, segments, context.get("prefix_length"), biased)
+        own = self._own(self.causal, length, device, segments, segments, value.get("prefix_length"), biased)
         return own, memory
 
 
 class StackEnd(torch.nn.Module):
-    """stream -> normed hidden state (Pre-LN), with the context only where it is still needed."""
+    """The normed hidden state (Pre-LN), with the context that is still needed."""
 
-    def __init__(self, config: TransformerConfig, normalised: bool, keep_context: bool):
+    def __init__(self, config: TransformerConfig, normalised: bool, keep: tuple[str, ...]):
         super().__init__()
-        self.keep_context = keep_context
+        self.keep = keep
         self.layer = torch.nn.Identity()
         if normalised:
             self.layer = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
             tag_norm(self.layer)
 
-    def forward(self, value):
-        hidden = self.layer(hidden_of(value))
-        return with_hidden(value, hidden) if self.keep_context else hidden
+    def forward(self, value: Activations) -> Activations:
+        return value.only("hidden", *self.keep).replace(hidden=self.layer(value.hidden))

@@ -1,18 +1,14 @@
-"""The decoder (GPT-like): word and position embedding, causal layers, final norm, LM head, as an ordered list of entries.
+"""The decoder (GPT-like) as an ordered list of entries: a task's input layers, causal layers, final norm, the task's head."""
 
-Shape letters: b micro-batch, s sequence, v padded vocabulary.
-"""
-
-from megadsl.model.builder import ModelBuilder
+from megadsl.model.builder import ModelBuilder, TaskLayers
 from megadsl.model.stack import LayerEntry
 
 
-def decoder_entries(builder: ModelBuilder, names: tuple[str, ...] = ()) -> list[LayerEntry]:
-    """(tokens [b, s], *context) -> logits [s, b, v]; `names` of the context: segments [b, s], prefix_length [b]."""
+def decoder_entries(builder: ModelBuilder, layers: TaskLayers) -> list[LayerEntry]:
+    """Context that the layers know: segments [b, s], prefix_length [b]."""
     return [
-        builder.word_embedding(),
-        builder.embedding_sum("embedding", builder.model.seq_length, names),
-        *builder.layers("decoder", True, names),
-        builder.stack_end(),
-        builder.logits(),
+        *layers.inputs,
+        *builder.layers("decoder", True, layers.context, layers.isolated),
+        builder.stack_end(keep=layers.context),
+        *layers.head,
     ]

@@ -1,22 +1,16 @@
-"""A model as training and inference use it: its list of layers, the tensors of a batch that it reads, and its loss."""
+"""A model as training and inference use it: its list of layers and the tensors of a batch that it reads."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from megadsl.config import Config
-from megadsl.data.keys import batch_keys
-from megadsl.model.builder import ModelBuilder
+from megadsl.model.builder import ModelBuilder, TaskLayers
 from megadsl.model.decoder import decoder_entries
 from megadsl.model.encoder import encoder_entries
 from megadsl.model.encoder_decoder import encoder_decoder_entries
-from megadsl.model.loss import language_model_loss, masked_and_order_loss
 from megadsl.model.stack import LayerEntry
-from megadsl.schemes.plan import SignalPlan
 
 _ENTRIES = {"decoder": decoder_entries, "encoder": encoder_entries, "encoder_decoder": encoder_decoder_entries}
-_TARGETS = ("labels", "loss_mask", "sentence_order")
 
 
 @dataclass(frozen=True)
@@ -25,29 +19,28 @@ class ModelDefinition:
 
     Attributes:
         entries: the ordered list of layers.
-        inputs: names of the batch's tensors that go into the first entry, in order.
-        targets: names of those that the loss wants.
-        loss: (output of the last entry, targets) -> mean loss of a micro-batch.
+        inputs: names of the batch's tensors that the model reads, in the order in which a pipeline's loader gives them.
+        targets: names of those that the loss reads, likewise.
+        embedding: name of the entry behind which the plan's prediction for the embedding holds.
         role_factors: the plan's, on the optimizer's numbers by parameter role.
     """
 
     entries: list[LayerEntry]
     inputs: tuple[str, ...]
     targets: tuple[str, ...]
-    loss: Callable
+    embedding: str
     role_factors: dict[str, dict[str, float]]
 
-    def split(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor | tuple, tuple]:
-        """(inputs, targets) of a batch; a single input is a tensor, several are a tuple."""
-        inputs = tuple(batch[name] for name in self.inputs)
-        return inputs[0] if len(inputs) == 1 else inputs, tuple(batch[name] for name in self.targets)
+    def inputs_of(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The part of a batch that the model reads; what a caller leaves out (no segments, say) is left out."""
+        return {name: batch[name] for name in self.inputs if name in batch}
+
+    def as_tuples(self, batch: dict[str, torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """(inputs, targets) as DeepSpeed's pipeline loads them."""
+        return tuple(batch[name] for name in self.inputs), tuple(batch[name] for name in self.targets)
 
 
-def define_model(config: Config, plan: SignalPlan, padded_vocab_size: int) -> ModelDefinition:
-    """The model of a configuration under a plan."""
-    keys = batch_keys(config)
-    inputs = tuple(key for key in keys if key not in _TARGETS)
-    targets = tuple(key for key in keys if key in _TARGETS)
-    entries = _ENTRIES[config.model.family](ModelBuilder(config, plan, padded_vocab_size), inputs[1:])
-    loss = masked_and_order_loss if "sentence_order" in targets else language_model_loss
-    return ModelDefinition(entries, inputs, targets, loss, plan.role_factors)
+def define_model(builder: ModelBuilder, layers: TaskLayers, inputs: tuple[str, ...], targets: tuple[str, ...]) -> ModelDefinition:
+    """The trunk of model.family with a task's layers around it."""
+    entries = _ENTRIES[builder.model.family](builder, layers)
+    return ModelDefinition(entries, inputs, targets, layers.inputs[-1].name, builder.plan.role_factors)

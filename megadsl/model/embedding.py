@@ -14,17 +14,22 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megadsl.config.model import ModelConfig
+from megadsl.model.activations import Activations
 from megadsl.model.init import ParameterTag, tag, tag_norm
 from megadsl.model.masks import positions_in_segments
-from megadsl.model.stream import pack, unpack, with_hidden
 from megadsl.schemes.plan import EmbeddingPlan
 
 
 class WordEmbedding(torch.nn.Module):
-    """(tokens [b, s], *context) -> (hidden [s, b, h], *context); the table [v, h] is sliced along v."""
+    """tokens [b, s] -> hidden [s, b, h]; the table [v, h] is sliced along v.
 
-    def __init__(self, config: TransformerConfig, padded_vocab_size: int, std: float):
+    Args:
+        source: name of the tokens, which end here.
+    """
+
+    def __init__(self, config: TransformerConfig, padded_vocab_size: int, std: float, source: str = "tokens"):
         super().__init__()
+        self.source = source
         self.table = tensor_parallel.VocabParallelEmbedding(
             padded_vocab_size, config.hidden_size, init_method=config.init_method, config=config
         )
@@ -35,24 +40,37 @@ class WordEmbedding(torch.nn.Module):
     def weight(self) -> torch.nn.Parameter:
         return self.table.weight
 
-    def forward(self, value):
-        tokens = value if isinstance(value, torch.Tensor) else value[0]
-        return with_hidden(value, self.table(tokens).transpose(0, 1).contiguous())
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [b, s] -> [s, b, h]."""
+        return self.table(tokens).transpose(0, 1).contiguous()
+
+    def forward(self, value: Activations) -> Activations:
+        return value.without(self.source).replace(hidden=self.embed(value[self.source]))
+
+
+class TargetWords:
+    """The decoder's hidden state from its target tokens [b, t] and the encoder's word table, with the encoder's hidden state as
+    "memory" beside it; holds no parameter."""
+
+    def __call__(self, embedding: WordEmbedding, value: Activations) -> Activations:
+        tokens, memory = value["target_tokens"], value.hidden
+        return value.without("target_tokens").replace(hidden=embedding.embed(tokens), memory=memory)
 
 
 class EmbeddingSum(torch.nn.Module):
     """Adds positions and token types to the words' hidden state, normalises the sum where the model does, and drops out.
 
+    Token types end here.
+
     Args:
-        names: context that comes in; token types are used up here.
         max_positions: rows of a learned or sinusoidal position table.
         reset_positions: positions start at 0 in every segment.
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, plan: EmbeddingPlan, max_positions: int,
-                 names: tuple[str, ...] = (), reset_positions: bool = False):
+                 reset_positions: bool = False):
         super().__init__()
-        self.names, self.reset_positions, self.dropout = names, reset_positions, config.hidden_dropout
+        self.reset_positions, self.dropout = reset_positions, config.hidden_dropout
         std = plan.weight_std
         self.position = self.tokentype = self.norm = None
         if model.position_embedding_type == "learned_absolute":
@@ -67,22 +85,22 @@ class EmbeddingSum(torch.nn.Module):
             self.norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
             tag_norm(self.norm, plan.norm_gain)
 
-    def forward(self, value, offset: int = 0):
+    def forward(self, value: Activations, offset: int = 0) -> Activations:
         """`offset` is the position of hidden[0] (not 0 while generating from a key/value cache)."""
-        hidden, context = unpack(value, self.names)
+        hidden = value.hidden
         if self.position is not None:
-            hidden = hidden + self._positions(hidden.size(0), offset, context)
-        tokentypes = context.pop("tokentypes", None)
+            hidden = hidden + self._positions(hidden.size(0), offset, value)
+        tokentypes = value.get("tokentypes")
         if self.tokentype is not None:
             rows = self.tokentype[:1] if tokentypes is None else self.tokentype[tokentypes].transpose(0, 1)
             hidden = hidden + rows
         if self.norm is not None:
             hidden = self.norm(hidden)
-        return pack(F.dropout(hidden, p=self.dropout, training=self.training), context)
+        return value.without("tokentypes").replace(hidden=F.dropout(hidden, p=self.dropout, training=self.training))
 
-    def _positions(self, length: int, offset: int, context: dict) -> torch.Tensor:
-        if self.reset_positions and "segments" in context:
-            return self.position[positions_in_segments(context["segments"])].transpose(0, 1)
+    def _positions(self, length: int, offset: int, value: Activations) -> torch.Tensor:
+        if self.reset_positions and "segments" in value:
+            return self.position[positions_in_segments(value["segments"])].transpose(0, 1)
         return self.position[offset:offset + length].unsqueeze(1)
 
 
@@ -92,20 +110,17 @@ class RelativePositions(RelativePositionEmbedding):
     It starts at 0, so that it does not change the signal at initialisation (arXiv 1910.10683, section 2.1).
     """
 
-    def __init__(self, model: ModelConfig, tensor_parallel_size: int, causal: bool, names: tuple[str, ...]):
+    def __init__(self, model: ModelConfig, tensor_parallel_size: int, causal: bool):
         buckets, heads = model.relative_attention_num_buckets, model.num_attention_heads
         super().__init__(not causal, lambda weight: None, heads // tensor_parallel_size, buckets,
                          model.relative_attention_max_distance)
-        self.names = names
         tag(self.relative_attention_bias.weight,
             ParameterTag("relative_attention_bias", (buckets, heads), {}, partition_dim=1))
 
-    def forward(self, value, offset: int = 0):
+    def forward(self, value: Activations, offset: int = 0) -> Activations:
         """`offset` tokens before hidden[0] are cached; the bias is then [1, n/p, s, offset + s]."""
-        hidden, context = unpack(value, self.names)
-        length = offset + hidden.size(0)
-        bias = super().forward(length, length)[:, :, offset:].contiguous()
-        return pack(hidden, {"position_bias": bias, **context})
+        length = offset + value.hidden.size(0)
+        return value.replace(position_bias=super().forward(length, length)[:, :, offset:].contiguous())
 
 
 def sinusoid(positions: int, hidden_size: int) -> torch.Tensor:

@@ -1,24 +1,14 @@
-"""The encoder (BERT-like): bidirectional layers and BERT's LM head, as an ordered list of entries.
+"""The encoder (BERT-like) as an ordered list of entries: a task's input layers, bidirectional layers, final norm, the task's head."""
 
-Shape letters: b micro-batch, s sequence, v padded vocabulary.
-"""
-
-from megadsl.model.builder import ModelBuilder
+from megadsl.model.builder import ModelBuilder, TaskLayers
 from megadsl.model.stack import LayerEntry
 
 
-def encoder_entries(builder: ModelBuilder, names: tuple[str, ...] = ()) -> list[LayerEntry]:
-    """(tokens [b, s], *context) -> logits [s, b, v], with sentence-order logits [b, 2] beside them where the data has them.
-
-    `names` of the context: segments [b, s], tokentypes [b, s].
-    """
-    flowing = tuple(name for name in names if name != "tokentypes")
+def encoder_entries(builder: ModelBuilder, layers: TaskLayers) -> list[LayerEntry]:
+    """Context that the layers know: segments [b, s] (0: padding)."""
     return [
-        builder.word_embedding(),
-        builder.embedding_sum("embedding", builder.model.seq_length, names),
-        *builder.layers("encoder", False, flowing),
-        builder.stack_end(),
-        builder.masked_head(builder.config.data.sentence_order),
-        builder.logits(),
-        builder.output_bias(),
+        *layers.inputs,
+        *builder.layers("encoder", False, layers.context, layers.isolated),
+        builder.stack_end(keep=layers.context),
+        *layers.head,
     ]

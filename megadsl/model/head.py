@@ -13,8 +13,8 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+from megadsl.model.activations import Activations
 from megadsl.model.init import ParameterTag, tag, tag_norm
-from megadsl.model.stream import hidden_of, with_hidden
 
 
 class TiedHead:
@@ -23,9 +23,9 @@ class TiedHead:
     def __init__(self, hidden_scale: float):
         self.hidden_scale = hidden_scale
 
-    def __call__(self, embedding: torch.nn.Module, value):
-        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(_scaled(hidden_of(value), self.hidden_scale))
-        return with_hidden(value, F.linear(hidden, embedding.weight))
+    def __call__(self, embedding: torch.nn.Module, value: Activations) -> Activations:
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(_scaled(value.hidden, self.hidden_scale))
+        return value.without("hidden").replace(logits=F.linear(hidden, embedding.weight))
 
 
 class OutputHead(torch.nn.Module):
@@ -41,14 +41,14 @@ class OutputHead(torch.nn.Module):
         shape = (padded_vocab_size, config.hidden_size)
         tag(self.linear.weight, ParameterTag("output_head", shape, {"output_head": std}, partition_dim=0))
 
-    def forward(self, value):
-        return with_hidden(value, self.linear(_scaled(hidden_of(value), self.hidden_scale))[0])
+    def forward(self, value: Activations) -> Activations:
+        return value.without("hidden").replace(logits=self.linear(_scaled(value.hidden, self.hidden_scale))[0])
 
 
 class MaskedHead(torch.nn.Module):
     """BERT's transform in front of the logits: norm(activation(dense h)), replicated over tensor-parallel ranks.
 
-    With `sentence_order` it also gives, as second output, two logits [b, 2] from the first token (pooler: tanh of a dense).
+    With `sentence_order` it also gives "order_logits" [b, 2] from the first token (pooler: tanh of a dense).
     """
 
     def __init__(self, config: TransformerConfig, activation: Callable, std: float, sentence_order: bool):
@@ -63,12 +63,12 @@ class MaskedHead(torch.nn.Module):
             self.pooler = _linear(size, size, "head_dense", size ** -0.5, config)
             self.order = _linear(size, 2, "head_dense", size ** -0.5, config)
 
-    def forward(self, value):
-        hidden = hidden_of(value)
-        transformed = self.norm(self.activation(self.dense(hidden)))
+    def forward(self, value: Activations) -> Activations:
+        hidden = value.hidden
+        transformed = value.replace(hidden=self.norm(self.activation(self.dense(hidden))))
         if self.order is None:
             return transformed
-        return transformed, self.order(torch.tanh(self.pooler(hidden[0])))
+        return transformed.replace(order_logits=self.order(torch.tanh(self.pooler(hidden[0]))))
 
 
 class OutputBias(torch.nn.Module):
@@ -79,8 +79,8 @@ class OutputBias(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.empty(padded_vocab_size // tensor_parallel_size, dtype=config.params_dtype))
         tag(self.bias, ParameterTag("bias", (padded_vocab_size,), {}, partition_dim=0))
 
-    def forward(self, value):
-        return with_hidden(value, hidden_of(value) + self.bias)
+    def forward(self, value: Activations) -> Activations:
+        return value.replace(logits=value["logits"] + self.bias)
 
 
 def _linear(inputs: int, outputs: int, role: str, std: float, config: TransformerConfig) -> torch.nn.Linear:

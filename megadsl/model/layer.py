@@ -17,10 +17,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megadsl.config.model import ModelConfig
+from megadsl.model.activations import Activations
 from megadsl.model.core_attention import MemoryAttention, ScaledDotProductAttention
 from megadsl.model.init import ParameterTag, tag, tag_norm
 from megadsl.model.residual import ResidualConnection
-from megadsl.model.stream import Context, unpack, with_hidden
 from megadsl.schemes.plan import SublayerPlan
 
 
@@ -122,42 +122,39 @@ class ScaledNorm(torch.nn.Module):
 
 
 class Layer(torch.nn.Module):
-    """(hidden [s, b, h], *context) -> the same with a new hidden state: a TransformerLayer as one item of a model's list.
+    """Activations with a new hidden state: a TransformerLayer as one item of a model's list.
 
     Args:
-        names: the context that flows by (stream.py).
-        masks: context -> (mask of self-attention, mask of cross-attention); shared by the layers of a stack.
+        masks: activations -> (mask of self-attention, mask of cross-attention); shared by the layers of a stack.
         rotary: length -> rotary angles; None for other positions.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, index: int, sublayers: list[SublayerPlan],
-                 norm_position: str, causal: bool, names: tuple[str, ...], masks: Callable, rotary: Callable | None,
-                 recompute: bool):
+                 norm_position: str, causal: bool, masks: Callable, rotary: Callable | None, recompute: bool):
         super().__init__()
-        self.names, self.masks, self.rotary, self.recompute = names, masks, rotary, recompute
+        self.masks, self.rotary, self.recompute = masks, rotary, recompute
         submodules = layer_submodules(model, config, sublayers, norm_position, causal)
         self.layer = TransformerLayer(config, submodules, layer_number=index + 1)
         _tag_layer(self.layer, model, sublayers)
 
-    def forward(self, value, inference_context=None):
-        hidden, context = unpack(value, self.names)
+    def forward(self, value: Activations, inference_context=None) -> Activations:
         if self.recompute and self.training:
             # Megatron's checkpoint, not torch's: it restores the tensor-parallel generators, so masks are drawn again.
-            # It passes tensors only, so the context's names are bound and its values are arguments.
-            run = partial(self._run_again, tuple(context))
-            return with_hidden(value, tensor_parallel.checkpoint(run, False, hidden, *context.values()))
-        return with_hidden(value, self._run(hidden, context, inference_context))
+            # It passes tensors only, so the names are bound and the tensors are arguments.
+            run = partial(self._run_again, tuple(value))
+            return value.replace(hidden=tensor_parallel.checkpoint(run, False, *value.values()))
+        return value.replace(hidden=self._run(value, inference_context))
 
-    def _run_again(self, names: tuple[str, ...], hidden: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        return self._run(hidden, dict(zip(names, values, strict=True)))
+    def _run_again(self, names: tuple[str, ...], *tensors: torch.Tensor) -> torch.Tensor:
+        return self._run(Activations(zip(names, tensors, strict=True)))
 
-    def _run(self, hidden: torch.Tensor, context: Context, inference_context=None) -> torch.Tensor:
-        mask, memory_mask = self.masks(hidden, context)
-        length = hidden.size(0) if inference_context is None else inference_context.max_sequence_length
+    def _run(self, value: Activations, inference_context=None) -> torch.Tensor:
+        mask, memory_mask = self.masks(value)
+        length = value.hidden.size(0) if inference_context is None else inference_context.max_sequence_length
         return self.layer(
-            hidden, attention_mask=mask, context=context.get("memory"), context_mask=memory_mask,
+            value.hidden, attention_mask=mask, context=value.get("memory"), context_mask=memory_mask,
             rotary_pos_emb=None if self.rotary is None else self.rotary(length),
-            attention_bias=context.get("position_bias"), inference_context=inference_context,
+            attention_bias=value.get("position_bias"), inference_context=inference_context,
         )[0]
 
 

@@ -1,11 +1,13 @@
-"""Losses over a vocabulary that is sliced over tensor-parallel ranks.
+"""Losses and predictions over a vocabulary that is sliced over tensor-parallel ranks.
 
 Shape letters: s sequence, b micro-batch, v padded vocabulary, p tensor-parallel size.
 """
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from megatron.core import tensor_parallel
+
+from megadsl.parallel.groups import tensor_group
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -14,14 +16,17 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.transpose(0, 1)
 
 
-def language_model_loss(logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Mean loss of a micro-batch over the positions that count; targets = (labels [b, s], loss_mask [b, s])."""
-    labels, loss_mask = targets
-    return (token_losses(logits, labels) * loss_mask).sum() / loss_mask.sum().clamp(min=1)
-
-
-def masked_and_order_loss(output: tuple[torch.Tensor, torch.Tensor], targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Masked-token loss plus the loss of the sentence order, as BERT adds them; output = (logits, order logits [b, 2])."""
-    logits, order_logits = output
-    *words, order = targets
-    return language_model_loss(logits, words) + F.cross_entropy(order_logits.float(), order)
+@torch.no_grad()
+def likeliest_tokens(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The likeliest real token of every position (the padding of the vocabulary is none). logits [s, b, v/p] -> [b, s]."""
+    group, size = tensor_group(), logits.size(-1)
+    first = group.rank() * size
+    best = logits[..., :max(0, vocab_size - first)].max(dim=-1) if vocab_size > first else None
+    value = logits.new_full(logits.shape[:2], -torch.inf) if best is None else best.values
+    token = torch.zeros_like(value, dtype=torch.long) if best is None else best.indices + first
+    if group.size() > 1:
+        values, tokens = ([torch.empty_like(one) for _ in range(group.size())] for one in (value, token))
+        dist.all_gather(values, value.contiguous(), group=group)
+        dist.all_gather(tokens, token.contiguous(), group=group)
+        token = torch.stack(tokens).gather(0, torch.stack(values).argmax(dim=0, keepdim=True))[0]
+    return token.transpose(0, 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megadsl.model.activations import Activations
 from megadsl.parallel.topology import Topology
 
 WRAPPER_PREFIX = "layer."  # DecoderLayer holds Megatron's TransformerLayer as `layer`; canonical names leave it out
@@ -25,23 +26,22 @@ class LayerEntry:
         build: makes the module; None for an entry that only re-uses a tied one.
         tied_key: entries with the same key share one module (the first one builds it).
         tied_forward: called as tied_forward(module, input) instead of module(input).
-        is_layer: a transformer layer (what a pipeline is cut by).
+        takes: of a transformer layer (what a pipeline is cut by): names of all activations that come in, the hidden state first.
     """
 
     name: str
     build: Callable[[], torch.nn.Module] | None
     tied_key: str | None = None
     tied_forward: Callable | None = None
-    is_layer: bool = False
+    takes: tuple[str, ...] = ()
 
 
 class SequentialModel(torch.nn.Module):
-    """All entries in one process: input -> output of the last entry."""
+    """All entries in one process: tensors of a batch by name -> what the last entry puts out."""
 
-    def __init__(self, entries: Sequence[LayerEntry], loss_function: Callable):
+    def __init__(self, entries: Sequence[LayerEntry]):
         super().__init__()
         self.entries = tuple(entries)
-        self.loss_function = loss_function
         self.layers = torch.nn.ModuleDict()
         tied = {}
         for index, entry in enumerate(entries):
@@ -63,11 +63,11 @@ class SequentialModel(torch.nn.Module):
         """(entry, callable) in order, for callers that run the layers themselves (generation, probes)."""
         return list(zip(self.entries, self._calls, strict=True))
 
-    def forward(self, value, targets=None):
-        """Output of the last entry, or the loss where `targets` are given."""
+    def forward(self, inputs: dict[str, torch.Tensor]) -> Activations:
+        value = Activations(inputs)
         for call in self._calls:
             value = call(value)
-        return value if targets is None else self.loss_function(value, targets)
+        return value
 
     def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(canonical name, parameter), each parameter once."""
@@ -81,14 +81,19 @@ def stage_bounds(entries: Sequence[LayerEntry], num_stages: int) -> list[int]:
 
     What comes before the first layer goes with stage 0, what comes after the last layer with the last stage.
     """
-    layers = [index for index, entry in enumerate(entries) if entry.is_layer]
+    layers = [index for index, entry in enumerate(entries) if entry.takes]
     size, extra = divmod(len(layers), num_stages)
     starts = [stage * size + min(stage, extra) for stage in range(1, num_stages)]
     return [0, *(layers[start] for start in starts), len(entries)]
 
 
-def build_pipeline(entries: Sequence[LayerEntry], loss_function: Callable, topology: Topology):
-    """DeepSpeed's PipelineModule over the same entries; only this stage's layers are built."""
+def build_pipeline(entries: Sequence[LayerEntry], inputs: tuple[str, ...], loss_function: Callable, topology: Topology):
+    """DeepSpeed's PipelineModule over the same entries; only this stage's layers are built.
+
+    Args:
+        inputs: names of the batch's tensors that the first entry takes, in the order of the tuple that the loader gives.
+        loss_function: (output of the last entry, targets as a tuple) -> loss.
+    """
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
@@ -121,6 +126,12 @@ def build_pipeline(entries: Sequence[LayerEntry], loss_function: Callable, topol
             self.parts = stage_bounds(entries, topology.pipeline)
             stage = self._topo.get_coord(self.global_rank).pipe
             self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+        def forward(self, value: torch.Tensor | tuple) -> torch.Tensor | tuple | Activations:
+            """Activations within the stage, tuples at its borders; the last stage gives the last entry's output."""
+            start, stop = self._local_start, self._local_stop
+            value = super().forward(Activations.from_stage(value, entries[start].takes if start else inputs))
+            return value if stop == len(entries) else value.to_stage(entries[stop].takes)
 
         def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
             for name, parameter in self.named_parameters():

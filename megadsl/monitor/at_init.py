@@ -6,10 +6,7 @@ Shape letters: b micro-batch, s sequence.
 import torch
 
 from megadsl.config import Config
-from megadsl.data.dataset import check_datasets
-from megadsl.data.objective import open_datasets
 from megadsl.data.sampler import MicroBatches
-from megadsl.model.definition import define_model
 from megadsl.model.init import initialize
 from megadsl.model.stack import SequentialModel
 from megadsl.monitor.probes import StreamProbes, residual_connections
@@ -19,36 +16,40 @@ from megadsl.parallel.launch import Launch
 from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Topology
 from megadsl.schemes.plan import SignalPlan, StreamPrediction
+from megadsl.tasks.registry import task_of
 
-SEQUENCES = 16
+SAMPLES = 16
 
 
 def measure_at_init(config: Config, plan: SignalPlan, num_seeds: int) -> list[StreamPrediction]:
     """Measured moments after the embedding and after every sublayer, in the units of the plan's predictions.
 
-    The same 16 sequences of the training data for every draw; seeds count up from training.seed. Needs a dataset.
+    The same 16 samples of the training data for every draw; seeds count up from training.seed. Needs a dataset.
     """
-    tokenizer = check_datasets(config)
+    task = task_of(config)
+    task.check()
     device = prepare_device(config.training.device)
     if not torch.distributed.is_initialized():
         initialize_groups(Launch.alone(), Topology(1, 1, 1), device)
-    definition = define_model(config, plan, config.tokenizer.padded_vocab_size(tokenizer.vocab_size))
-    stack = SequentialModel(definition.entries, definition.loss)
-    stack.to(device).train()
-    modules = {entry.name: module for entry, module in stack.calls()}
-    embedding = modules["encoder.embedding" if config.model.family == "encoder_decoder" else "embedding"]
-    watched = [embedding, *residual_connections(stack), modules["final_norm"]]
+    definition = task.define_model(plan)
+    network = SequentialModel(definition.entries)
+    network.to(device).train()
+    modules = {entry.name: module for entry, module in network.calls()}
+    watched = [modules[definition.embedding], *residual_connections(network), modules["final_norm"]]
     reader = MicroBatches(
-        open_datasets(config, tokenizer.sha256).train, consumed_samples=0, micro_batch_size=SEQUENCES,
-        global_batch_size=SEQUENCES, num_samples=SEQUENCES,
+        task.splits(SAMPLES).train, consumed_samples=0, micro_batch_size=SAMPLES, global_batch_size=SAMPLES, num_samples=SAMPLES,
+        collate=task.collate,
     )
-    batch = {name: tensor.to(device) for name, tensor in next(reader).items()}
-    with StreamProbes(stack, watched) as probes:
+    batch = next(reader)
+    counts = task.counts(batch)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with StreamProbes(network, watched) as probes:
         for seed in range(config.training.seed, config.training.seed + num_seeds):
-            initialize(stack.canonical_parameters(), seed, 0, 1)
+            initialize(network.canonical_parameters(), seed, 0, 1)
             seed_micro_batch(seed, 0, 0)  # dropout
-            stack(*definition.split(batch)).backward()
-            stack.zero_grad()
+            sums = task.loss(network(definition.inputs_of(batch)), batch)
+            sum(total / max(1.0, count) for total, count in zip(sums, counts, strict=True)).backward()
+            network.zero_grad()
     moments = probes.read()
     # The plan's gradients are in units of the gradient at the LM head's input, which the final norm puts out.
     unit = moments.gradient_variance[-1]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megadsl.model.activations import Activations
 from megadsl.model.residual import ResidualConnection
-from megadsl.model.stream import hidden_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StreamProbes:
     """Measures the stream after every residual addition of `model` (or the outputs of `modules`) while the context is open.
 
         with StreamProbes(model) as probes:
-            loss = model(tokens, targets)
+            loss = loss_of(model(inputs))
             loss.backward()
         moments = probes.read()
     """
@@ -68,8 +68,8 @@ class StreamProbes:
     def _on_output(self, index: int):
         return lambda module, arguments, output: self._observe(index, output)
 
-    def _observe(self, index: int, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
-        hidden = hidden_of(output)
+    def _observe(self, index: int, output: torch.Tensor | Activations) -> torch.Tensor | Activations:
+        hidden = output.hidden if isinstance(output, Activations) else output
         self._forward[index] += _moments(hidden.detach())
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: _accumulate(self._gradient, index, gradient))

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LogRecord:
-    """What one log line says; rates are over the interval since the last line."""
+    """What one log line says; loss and rates are means over the interval since the last line.
+
+    tokens_per_second counts what is not padding; `padding` is the share of positions that are. memory_bytes: of the rank that held
+    most. tflops: a device's.
+    """
 
     iteration: int
     train_iters: int
@@ -14,6 +18,7 @@ class LogRecord:
     lr: float
     gradient_norm: float
     tokens_per_second: float
+    padding: float
     tflops: float
     memory_bytes: int
     seconds_left: float
@@ -26,12 +31,14 @@ class LogRecord:
             f"grad norm {self.gradient_norm:.3f} | {self.tokens_per_second:,.0f} tokens/s | {self.tflops:.4g} TFLOP/s | "
             f"peak memory {self.memory_bytes / 2**30:.2f} GiB | ETA {duration(self.seconds_left)}"
         )
-        return line + (f" | skipped {self.skipped}" if self.skipped else "")
+        padding = f" | padding {self.padding:.1%}" if self.padding else ""
+        return line + padding + (f" | skipped {self.skipped}" if self.skipped else "")
 
     def scalars(self) -> dict[str, float]:
         """Throughput for TensorBoard (loss, lr and norm are written every iteration)."""
         return {
-            "throughput/tokens_per_second": self.tokens_per_second, "throughput/tflops": self.tflops,
+            "throughput/tokens_per_second": self.tokens_per_second, "throughput/padding_share": self.padding,
+            "throughput/tflops": self.tflops,
             "memory/peak_gib": self.memory_bytes / 2**30, "train/skipped_iterations": float(self.skipped),
         }
 

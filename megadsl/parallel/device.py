@@ -4,6 +4,7 @@ import collections
 import contextlib
 import logging
 import os
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -48,6 +49,32 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ahead_on_device(batches: Iterable[dict[str, torch.Tensor]], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches on the device, each copied while the one before it is worked on (they should be in pinned memory)."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, waiting = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        arriving = copied, stream.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = arriving
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _arrived(batch: dict[str, torch.Tensor], copied: "torch.cuda.Event") -> dict[str, torch.Tensor]:
+    """Make the current stream wait for a batch's copies, and keep their memory until it has used them."""
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    for tensor in batch.values():
+        tensor.record_stream(current)
+    return batch
 
 
 def _quieten_logs() -> None:

@@ -53,6 +53,31 @@ def stage_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_and_data_parallel_group()
 
 
+def sum_over_data_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over the data-parallel ranks, in place."""
+    if dist.get_world_size(data_group()) > 1:
+        dist.all_reduce(values, group=data_group())
+    return values
+
+
+def sum_over_replicas_and_stages(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over data-parallel ranks and pipeline stages, in place: all ranks get what the last stage found, where the
+    others give zeros."""
+    sum_over_data_ranks(values)
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    if dist.get_world_size(stages) > 1:
+        dist.all_reduce(values, group=stages)
+    return values
+
+
+def largest_over_ranks(value: float, device: torch.device) -> float:
+    """The largest `value` of all ranks, on all ranks."""
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
+
+
 class DeepSpeedMpu:
     """parallel_state under the names that DeepSpeed uses. "Model parallel" means tensor parallel to DeepSpeed.
 

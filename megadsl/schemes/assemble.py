@@ -31,21 +31,17 @@ def model_shape(model: ModelConfig, norm_position: NormPosition | None = None) -
 
 def additions(model: ModelConfig) -> Iterator[tuple[StackName, int, Kind]]:
     """(stack, layer, kind) of every residual addition in forward order."""
-    if model.family in ("encoder", "encoder_decoder"):
-        for layer in range(model.num_layers):
-            yield "encoder", layer, "self_attention"
-            yield "encoder", layer, "ffn"
-    if model.family in ("decoder", "encoder_decoder"):
-        for layer in range(stack_layers(model, "decoder")):
-            yield "decoder", layer, "self_attention"
-            if model.family == "encoder_decoder":
-                yield "decoder", layer, "cross_attention"
-            yield "decoder", layer, "ffn"
+    for number, (stack, layers) in enumerate(model.stack_layers.items()):
+        for layer in range(layers):
+            yield stack, layer, "self_attention"
+            if number:  # a stack behind another attends to it
+                yield stack, layer, "cross_attention"
+            yield stack, layer, "ffn"
 
 
 def stack_layers(model: ModelConfig, stack: StackName) -> int:
     """Layers of one stack."""
-    return model.decoder_layers if stack == "decoder" and model.family == "encoder_decoder" else model.num_layers
+    return model.stack_layers[stack]
 
 
 def num_additions(model: ModelConfig) -> dict[str, int]:
@@ -86,6 +82,8 @@ class Parametrization:
     """What a scheme decides; stds that are None in `sublayers` are left to the theory (unit branches).
 
     `norm_position` None: the model's. `embedding_gain` is that of the norm on the embedding sum, for models that have one.
+    `unit_tables`: `tables` are chosen for the second moment of what they add to the stream, so where vectors are projected instead
+    of words looked up the projection's std is word_embedding / sqrt(gain of the projection); else they are stds whatever comes in.
     """
 
     scheme: str
@@ -96,6 +94,7 @@ class Parametrization:
     gate: Gate = "fixed"
     embedding_gain: float = 1.0
     role_factors: dict[str, dict[str, float]] = field(default_factory=dict)
+    unit_tables: bool = False
 
 
 def assemble(parametrization: Parametrization, model: ModelConfig, statistics: TokenStatistics, vocab_size: int,
@@ -104,7 +103,7 @@ def assemble(parametrization: Parametrization, model: ModelConfig, statistics: T
     profile = profile_of(parametrization, model, statistics, vocab_size, level)
     return SignalPlan(
         scheme=parametrization.scheme, family=model.family, norm_position=parametrization.norm_position or model.norm_position,
-        embedding=EmbeddingPlan(*profile.embedding.values(), weight_std=parametrization.tables,
+        embedding=EmbeddingPlan(*profile.embedding.values(), weight_std=_input_stds(parametrization, statistics),
                                 norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None),
         sublayers=tuple(
             SublayerPlan(*prediction.values(), layer=sublayer.layer, stack=sublayer.stack, kind=sublayer.kind,
@@ -112,7 +111,7 @@ def assemble(parametrization: Parametrization, model: ModelConfig, statistics: T
                          weight_std=dict(sublayer.weight_std), norm_scale=sublayer.norm_scale, gate=parametrization.gate)
             for sublayer, prediction in zip(profile.sublayers, profile.predictions, strict=True)
         ),
-        head=parametrization.head, final=StreamPrediction(*profile.final.values()), role_factors=parametrization.role_factors,
+        head=_head_of(parametrization, statistics), final=StreamPrediction(*profile.final.values()), role_factors=parametrization.role_factors,
     )
 
 
@@ -124,7 +123,25 @@ def profile_of(parametrization: Parametrization, model: ModelConfig, statistics:
     head = Head(model.hidden_size * (head_std * parametrization.head.hidden_scale) ** 2, parametrization.head.weight_std.get("head_dense"),
                 statistics.repeats, statistics.masking_probability)
     shape = model_shape(model, parametrization.norm_position)
-    return propagate(shape, embedding_of(parametrization, model, statistics), parametrization.sublayers, vocab_size, level, head)
+    return propagate(shape, embedding_of(parametrization, model, statistics), parametrization.sublayers, vocab_size, level, head,
+                     statistics.gradient_correlation)
+
+
+def _input_stds(parametrization: Parametrization, statistics: TokenStatistics) -> dict[str, float]:
+    """std by role of the input layer's weights."""
+    if statistics.projected_size is None:
+        return parametrization.tables
+    scale = statistics.content_gain ** -0.5 if parametrization.unit_tables else 1.0
+    tables = dict(parametrization.tables)
+    return {"input_projection": scale * tables.pop("word_embedding"), **tables}
+
+
+def _head_of(parametrization: Parametrization, statistics: TokenStatistics) -> HeadPlan:
+    """The head's numbers; BERT's transform stands in front of a language model's logits only."""
+    head = parametrization.head
+    if statistics.gradient_correlation is None:
+        return head
+    return HeadPlan(head.hidden_scale, {role: std for role, std in head.weight_std.items() if role != "head_dense"})
 
 
 def embedding_of(parametrization: Parametrization, model: ModelConfig, statistics: TokenStatistics) -> Embedding:
@@ -132,8 +149,9 @@ def embedding_of(parametrization: Parametrization, model: ModelConfig, statistic
     tables, same_type = parametrization.tables, statistics.same_type_probability
     if same_type is None:
         same_type = 1.0 if model.num_tokentypes == 1 else 2.0 / 3.0
+    scale = 1.0 if parametrization.unit_tables else statistics.content_gain ** 0.5
     return Embedding(
-        word_std=tables["word_embedding"], position_std=tables.get("position_embedding"),
+        word_std=scale * tables["word_embedding"], position_std=tables.get("position_embedding"),
         tokentype_std=tables.get("tokentype_embedding"), repeat_probability=statistics.input_repeats,
         same_type_probability=same_type, sinusoidal=model.position_embedding_type == "sinusoidal",
         norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None,

@@ -28,7 +28,7 @@ def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Pa
         stds = {role: std * beta if role in SCALED else std for role, std in glorot_stds(model, kind).items()}
         sublayers.append(Sublayer(stack, layer, kind, alpha, 1.0, stds))
     tables = unit_tables(model)
-    return Parametrization("deepnorm", tables, sublayers, unit_head(model, tables))
+    return Parametrization("deepnorm", tables, sublayers, unit_head(model, tables), unit_tables=True)
 
 
 def constants(model: ModelConfig, stack: str) -> tuple[float, float]:

@@ -36,7 +36,7 @@ def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Pa
         residual, branch = scales[stack]
         sublayers.append(Sublayer(stack, layer, kind, residual, branch, ffn if kind == "ffn" else attention))
     tables = unit_tables(model)
-    return Parametrization("dslm", tables, sublayers, unit_head(model, tables), embedding_gain=unit_gain(model))
+    return Parametrization("dslm", tables, sublayers, unit_head(model, tables), unit_tables=True, embedding_gain=unit_gain(model))
 
 
 def residual_scales(model: ModelConfig, scheme: SchemeConfig) -> dict[str, tuple[float, float]]:

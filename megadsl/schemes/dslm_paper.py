@@ -40,7 +40,7 @@ def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Pa
         r[stack] = residual ** 2 * r[stack] + branch ** 2 * branch_correlation
         sublayers.append(Sublayer(stack, layer, kind, residual, branch, weights))
     tables = unit_tables(model)
-    return Parametrization("dslm_paper", tables, sublayers, unit_head(model, tables), embedding_gain=unit_gain(model))
+    return Parametrization("dslm_paper", tables, sublayers, unit_head(model, tables), unit_tables=True, embedding_gain=unit_gain(model))
 
 
 def relu_correlation(r: float) -> float:

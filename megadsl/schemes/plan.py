@@ -5,7 +5,8 @@ the branch**. Pre-LN: x + f(x) becomes lambda*x + beta*f(norm(x)); Post-LN: norm
 lambda^2 + beta^2 = 1; every other scheme says itself what the two are.
 
 Standard deviations are given by role. Roles of a sublayer: query, key, value, attention_output (attention), fc1, fc2 (ffn; fc1
-serves gate and up of a gated unit alike). Roles of the embedding: word_embedding, position_embedding, tokentype_embedding.
+serves gate and up of a gated unit alike). Roles of the embedding: word_embedding (or input_projection, where vectors come in
+instead of words), position_embedding, tokentype_embedding.
 Roles of the head: output_head, only where it is not tied; head_dense, only in an encoder (BERT's transform).
 
 Predictions are per coordinate of the residual stream: forward_variance is the second moment, averaged over positions;
@@ -98,6 +99,11 @@ class SignalPlan:
     head: HeadPlan
     final: StreamPrediction
     role_factors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of the stacks, in forward order."""
+        return tuple(dict.fromkeys(stack for stack, _ in self._by_layer()))
 
     def layer(self, stack: StackName, index: int) -> list[SublayerPlan]:
         """The sublayers of one layer, in forward order; `index` counts from 0 within the stack."""

@@ -19,4 +19,4 @@ def parametrize(model: ModelConfig, scheme: SchemeConfig, vocab_size: int) -> Pa
     """The numbers of ReZero."""
     sublayers = [Sublayer(stack, layer, kind, 1.0, 0.0, glorot_stds(model, kind)) for stack, layer, kind in additions(model)]
     tables = unit_tables(model)
-    return Parametrization("rezero", tables, sublayers, unit_head(model, tables), norm_position="none", gate="scalar")
+    return Parametrization("rezero", tables, sublayers, unit_head(model, tables), unit_tables=True, norm_position="none", gate="scalar")

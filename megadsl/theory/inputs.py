@@ -1,4 +1,4 @@
-"""Token statistics of a corpus, the Zipf fallback, and the moments of an embedding sum (THEORY.md, section 1).
+"""Token statistics of a task's input, the Zipf fallback, and the moments of an embedding sum (THEORY.md, section 1).
 
 With tables of std s_w, s_p, s_t, the stream at position t is x_t = E[word_t] + P[t] + S[type_t], so per coordinate
     q   = s_w^2 + s_p^2 + s_t^2                      second moment
@@ -20,10 +20,10 @@ from megadsl.theory.shape import Embedding
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the theory needs to know of a corpus (the data verb `megadsl data stats` measures it).
+    """What the theory needs to know of a task's input and targets (of a corpus `megadsl data stats` measures it).
 
     Attributes:
-        vocab_size: size of the vocabulary.
+        vocab_size: size of the vocabulary, or number of outputs.
         repeat_probability: pi_2 = sum_i p_i^2, the chance that two tokens drawn from the corpus are equal.
         repeat_probability_in_sequence: the same for two positions of one training sequence; text is bursty, so it is larger.
         unigram_entropy: in nats; not used by the theory, shown to the user.
@@ -31,6 +31,11 @@ class TokenStatistics:
         same_type_probability: that two positions of a sequence have the same token type; None: 1 with one type, 2/3 (two
             segments, cut anywhere) with more.
         masking_probability: share f of positions that a masked-language model predicts; None: the input is not masked.
+        projected_size: None where words are looked up in a table. Else vectors of this size are projected into the stream, and
+            repeat_probability is the mean overlap of two vectors of a sequence over their second moment.
+        projected_second_moment: of those vectors, per coordinate.
+        gradient_correlation: of the gradient at the head's input; None: that of a cross-entropy at every position. A head that
+            reads one token gives 0, one that reads the mean of all gives 1.
     """
 
     vocab_size: int
@@ -40,6 +45,14 @@ class TokenStatistics:
     num_tokens: int = 0
     same_type_probability: float | None = None
     masking_probability: float | None = None
+    projected_size: int | None = None
+    projected_second_moment: float = 1.0
+    gradient_correlation: float | None = None
+
+    @property
+    def content_gain(self) -> float:
+        """Second moment of what enters the stream for weights of variance 1: a table's rows, or d_in q of a projection."""
+        return 1.0 if self.projected_size is None else self.projected_size * self.projected_second_moment
 
     @property
     def repeats(self) -> float:

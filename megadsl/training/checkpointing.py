@@ -77,14 +77,14 @@ class Checkpointer:
         if self._lock is not None:
             self._lock.release()
 
-    def save(self, state: EngineState, info: CheckpointInfo, plan: SignalPlan, tokenizer: Path) -> SaveResult | None:
-        """Save on all ranks together. None: it goes on in the background, and `finished` or `wait` will tell."""
+    def save(self, state: EngineState, info: CheckpointInfo, plan: SignalPlan, files: dict[str, bytes]) -> SaveResult | None:
+        """Save on all ranks together; `files` are the task's. None: it goes on in the background, and `finished` or `wait` will tell."""
         if not self.config.checkpoint.async_save:
-            return self._write(state.tensors(), info, plan, tokenizer)
+            return self._write(state.tensors(), info, plan, files)
         snapshot = list(state.tensors())
 
         def write() -> None:
-            self._result = self._write(snapshot, info, plan, tokenizer)
+            self._result = self._write(snapshot, info, plan, files)
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
         self._thread.start()
@@ -103,20 +103,20 @@ class Checkpointer:
         return self._thread is not None and not self._thread.is_alive()
 
     def _write(self, tensors: Iterable[tuple[str, str, torch.Tensor]], info: CheckpointInfo, plan: SignalPlan,
-               tokenizer: Path) -> SaveResult:
+               files: dict[str, bytes]) -> SaveResult:
         staging = self.store.staging(info.iteration)
         problem = self._broadcast(self._attempt(lambda: self.store.begin(info.iteration)) if self._rank == 0 else None)
         records, error = write_tensors(staging, f"rank-{self._rank:05d}", tensors if not problem else _drained(tensors))
         if self._rank == 0 and not problem and error is None:
-            problem = self._attempt(lambda: records.update(write_small_files(staging, self.config, plan, tokenizer)))
+            problem = self._attempt(lambda: records.update(write_small_files(staging, self.config, plan, files)))
         if error is not None:
             problem = f"rank {self._rank}: {error.strerror or error} ({error.filename or staging})"
         gathered = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (records, problem), group=self._group)
         problems = [text for _, text in gathered if text]
         if self._rank == 0 and not problems:
-            files = {name: record for own, _ in gathered for name, record in own.items()}
-            problem = self._attempt(lambda: self._commit(info, files))
+            written = {name: record for own, _ in gathered for name, record in own.items()}
+            problem = self._attempt(lambda: self._commit(info, written))
             problems = [problem] if problem else []
         problem = self._broadcast(problems[0] if problems else None)
         if problem:
@@ -153,7 +153,7 @@ class Checkpointer:
             if wrong is None:
                 break
             problems[checkpoint.path] = wrong
-            checkpoint, problems = resume_point(self.config, problems)
+            checkpoint, problems = resume_point(ready.task, problems)
         for path, problem in problems.items():
             self.log(f"warning: {path} is not usable ({problem}); going back to {checkpoint.path if checkpoint else 'the start'}")
         return checkpoint
@@ -172,11 +172,11 @@ class Checkpointer:
         return next((problem for _, problem in gathered if problem), None)
 
 
-def load_state(state: EngineState, checkpoint: Checkpoint, weights_only: bool = False) -> None:
-    """Fill an engine from a checkpoint of any layout; call on all ranks. `weights_only` leaves the optimizer as it is."""
+def load_state(state: EngineState, checkpoint: Checkpoint) -> None:
+    """Fill an engine from a checkpoint of any layout; call on all ranks."""
     info = checkpoint.info
     with TensorReader(checkpoint.path, checkpoint.manifest) as reader:
-        state.load(reader, None if weights_only else info.optimizer_steps, {} if weights_only else info.loss_scaler)
+        state.load(reader, info.optimizer_steps, info.loss_scaler)
 
 
 def _drained(tensors: Iterable) -> Iterable:

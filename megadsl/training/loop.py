@@ -4,7 +4,6 @@ Everything that decides a step is a pure function of the iteration (data order, 
 needs the iteration number, the weights and the optimizer's moments, nothing else.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,35 +11,33 @@ from pathlib import Path
 import torch
 
 from megadsl.checkpoint.manifest import CheckpointInfo, library_versions
-from megadsl.checkpoint.store import Checkpoint
 from megadsl.config import Config, save_config
-from megadsl.data.objective import Datasets, open_datasets
 from megadsl.data.sampler import MicroBatches
 from megadsl.errors import UserError
-from megadsl.model.definition import define_model
-from megadsl.monitor.progress import LogRecord, Progress
-from megadsl.monitor.throughput import tokens_per_sequence, training_flops
+from megadsl.monitor.progress import Progress
 from megadsl.monitor.writer import MetricsWriter
-from megadsl.parallel.device import peak_memory_bytes, prepare_device
+from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import destroy_groups, initialize_groups
-from megadsl.schemes.run import run_statistics
 from megadsl.training.checkpointing import Checkpointer, SaveResult, load_state
-from megadsl.training.engine import Engine, StepResult
+from megadsl.training.engine import Engine, StepResult, ValidationResult
 from megadsl.training.hang import Watch, lost_ranks_are_a_sentence
-from megadsl.training.preflight import Preflight, preflight
+from megadsl.training.initial import InitialWeights
+from megadsl.training.interval import Interval
+from megadsl.training.preflight import Preflight, data_change, preflight
 from megadsl.training.schedule import learning_rate
 from megadsl.training.signals import Stop, record_job
 
 
 @dataclass
 class Position:
-    """How far a run is. `iteration` counts finished iterations."""
+    """How far a run is. `iteration` counts finished iterations; `first_loss` is that of the run's first finite one."""
 
     iteration: int = 0
     consumed_samples: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     loss: float | None = None
+    first_loss: float | None = None
 
 
 def train(config: Config, ready: Preflight | None = None, stop: Stop | None = None) -> Path:
@@ -67,7 +64,7 @@ class Run:
 
     def __init__(self, config: Config, ready: Preflight, device: torch.device, stop: Stop):
         topology = ready.topology
-        self.config, self.topology, self.device, self.tokenizer = config, topology, device, ready.tokenizer
+        self.config, self.topology, self.device, self.task = config, topology, device, ready.task
         self.coordinate = topology.coordinate(ready.launch.rank)
         self.is_main = ready.launch.rank == 0
         self.run_dir = Path(config.training.run_dir)
@@ -84,34 +81,35 @@ class Run:
         config, topology, device = self.config, self.topology, self.device
         self.store = self.checkpointer.store
         checkpoint = self.checkpointer.resume(ready)
-        self.padded_vocab_size = config.tokenizer.padded_vocab_size(self.tokenizer.vocab_size)
         info = checkpoint.info if checkpoint else None
         self.position = Position()
         if info:
-            self.position = Position(info.iteration, info.consumed_samples, info.skipped_iterations, loss=info.loss)
+            self.position = Position(info.iteration, info.consumed_samples, info.skipped_iterations, 0, info.loss, info.first_loss)
         self.left = max(0, config.training.train_iters - self.position.iteration) * config.training.global_batch_size
-        self.datasets: Datasets = open_datasets(
-            config, self.tokenizer.sha256, train_samples=self.position.consumed_samples + self.left
-        )
+        self.splits = self.task.splits(self.position.consumed_samples + self.left)
+        self.fingerprints = self.task.data_fingerprints()
         self.plan = checkpoint.plan() if checkpoint else ready.plan
+        initial = InitialWeights(ready.initial, config) if ready.initial and not checkpoint else None
+        if initial and (wrong := self.checkpointer.verify(initial.checkpoint)):
+            raise UserError(f"checkpoint.init_from {initial.checkpoint.path} is damaged ({wrong}); give another checkpoint.")
         self.engine = Engine(
-            config, define_model(config, self.plan, self.padded_vocab_size), topology, self.coordinate, device
+            config, self.task, self.plan, topology, self.coordinate, device,
+            filled=checkpoint.manifest.tensor_files("weights") if checkpoint else initial.filled if initial else (),
         )
         if checkpoint:
             load_state(self.engine.state, checkpoint)
             if info.optimizer_steps is None:
                 self.progress.log(f"{checkpoint.path} has no optimizer state: the optimizer starts anew")
-        elif ready.initial:
-            self._start_from(ready.initial)
-        self.writer = self._make_writer() if self.is_main else None
+            if changed := data_change(self.task, checkpoint):
+                self.progress.log(f"warning: {changed} (checkpoint.allow_data_change)")
+        elif initial:
+            for line in initial.load(self.engine):
+                self.progress.log(line)
+        self.total_parameters = self.engine.total_parameters()
+        # What lies in the run folder is what was trained: a run that is complete leaves it as it is.
+        self.writer = self._make_writer() if self.is_main and self.left else None
         self.saved_iteration = self.attempted_iteration = self.position.iteration if checkpoint else -1
         self.resumed_topology = checkpoint.topology if checkpoint else topology
-
-    def _start_from(self, initial: Checkpoint) -> None:
-        if wrong := self.checkpointer.verify(initial):
-            raise UserError(f"checkpoint.init_from {initial.path} is damaged ({wrong}); give another checkpoint.")
-        load_state(self.engine.state, initial, weights_only=True)
-        self.progress.log(f"starting from the weights of {initial.path}")
 
     def _make_writer(self) -> MetricsWriter:
         writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard)
@@ -126,8 +124,10 @@ class Run:
         try:
             with Progress(self.config.training.train_iters, self.position.iteration, self.is_main) as self.progress:
                 self._announce()
-                self._run()
-                self._report(self.checkpointer.wait())
+                if self.left:
+                    self._run()
+                    self._report(self.checkpointer.wait())
+                    self._conclude()
         finally:
             self.checkpointer.close()
             if self.writer:
@@ -138,10 +138,8 @@ class Run:
 
     def _run(self) -> None:
         training, start = self.config.training, self.position.iteration
-        batches = self._batches(
-            self.datasets.train, self.position.consumed_samples, self.left, self.config.data.num_workers
-        )
-        interval = Interval(self.config, self.padded_vocab_size, self.topology.world_size, start)
+        batches = self._batches("train", self.position.consumed_samples, self.left, self.config.data.num_workers)
+        interval = Interval(self.task, self.topology.world_size, start)
         while self.position.iteration < training.train_iters:
             self._iteration(batches, interval)
             if self.stop.agreed(self.device):
@@ -151,21 +149,23 @@ class Run:
         if self.attempted_iteration != self.position.iteration:
             self._save()
 
-    def _iteration(self, batches: Iterator, interval: "Interval") -> None:
+    def _iteration(self, batches: Iterator, interval: Interval) -> None:
         training, index = self.config.training, self.position.iteration
         lr = learning_rate(index, self.config.optimizer, training.train_iters)
         with self.watch:
             result = self.engine.train_step(batches, index, lr)
         self.position.iteration = done = index + 1
         self.position.consumed_samples += training.global_batch_size
+        interval.add(result)
         self._count_skips(result)
         if self.is_main and self.config.checkpoint.on_save_error == "continue" and self.checkpointer.finished():
             self._report(self.checkpointer.wait())
         if self.writer:
-            self.writer.write(done, {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.gradient_norm})
+            parts = {f"train/{name}": value for name, value in result.parts.items()} if len(result.parts) > 1 else {}
+            self.writer.write(done, {"train/loss": result.loss, **parts, "train/lr": lr, "train/grad_norm": result.gradient_norm})
         self.progress.advance(done, result.loss)
         if done % self.config.monitor.log_interval == 0 or done == training.train_iters:
-            record = interval.record(self.position, result, lr, self.device)
+            record = interval.record(done, self.position.skipped, result, lr, self.device)
             self.progress.log(record.text())
             if self.writer:
                 self.writer.write(done, record.scalars())
@@ -183,6 +183,7 @@ class Run:
         position = self.position
         if not result.skipped:
             position.skipped_in_a_row, position.loss = 0, result.loss
+            position.first_loss = result.loss if position.first_loss is None else position.first_loss
             return
         position.skipped += 1
         position.skipped_in_a_row += 1
@@ -201,14 +202,24 @@ class Run:
         if not training.eval_iters:
             return
         # Read in this process: workers would be started anew for every validation.
-        batches = self._batches(self.datasets.validation, 0, training.eval_iters * training.global_batch_size, num_workers=0)
-        loss = self.engine.evaluate(batches, training.eval_iters * self.engine.accumulation)
+        batches = self._batches("validation", 0, training.eval_iters * training.global_batch_size, num_workers=0)
+        result = self.engine.evaluate(batches, training.eval_iters * self.engine.accumulation)
         if self.writer:
-            self.writer.write(self.position.iteration, {"validation/loss": loss})
+            means = {f"validation/{name}": value for name, value in result.means.items()} if len(result.means) > 1 else {}
+            self.writer.write(self.position.iteration, {"validation/loss": result.loss, **means})
             self.writer.flush()
-        entropy = run_statistics(self.config).unigram_entropy if final else None
-        note = f" (unigram entropy of the corpus: {entropy:.4f})" if entropy else ""
-        self.progress.log(f"iteration {self.position.iteration} | validation loss {loss:.4f} nats per token{note}")
+        self.progress.log(f"iteration {self.position.iteration} | {self._validation_text(result, final)}")
+
+    def _validation_text(self, result: ValidationResult, final: bool) -> str:
+        parts = self.task.loss_parts
+        text = f"validation loss {result.loss:.4f}"
+        if len(parts) == 1:
+            text += f" {parts[0].unit}"
+        else:
+            text += " = " + " + ".join(f"{part.name.replace('_', ' ')} {result.means[part.name]:.4f} ({part.unit})" for part in parts)
+        text += "".join(f" | {name.replace('_', ' ')} {result.means[name]:.4f}" for name in self.task.metric_names)
+        note = self.task.validation_note() if final else ""
+        return text + (f" ({note})" if note else "")
 
     def _save(self) -> None:
         self._report(self.checkpointer.wait())
@@ -217,11 +228,12 @@ class Run:
         position = self.position
         info = CheckpointInfo(
             position.iteration, position.consumed_samples, position.skipped, position.loss, self.topology.tensor,
-            self.topology.pipeline, self.topology.data, self.config.parallel.zero_stage, self.padded_vocab_size,
-            self.tokenizer.sha256, library_versions(), self.engine.state.steps(), self.engine.state.loss_scaler(),
+            self.topology.pipeline, self.topology.data, self.config.parallel.zero_stage, self.task.padded_output_size,
+            self.task.tokenizer.sha256 if self.task.tokenizer else None, library_versions(), self.engine.state.steps(),
+            self.engine.state.loss_scaler(), self.task.name, self.fingerprints, position.first_loss,
         )
         self.attempted_iteration = position.iteration
-        self._report(self.checkpointer.save(self.engine.state, info, self.plan, Path(self.config.tokenizer.model)))
+        self._report(self.checkpointer.save(self.engine.state, info, self.plan, self.task.files()))
 
     def _report(self, result: SaveResult | None) -> None:
         if result is None:
@@ -236,20 +248,36 @@ class Run:
             raise UserError(f"The {sentence} (checkpoint.on_save_error=stop).")
         self.progress.log(f"error: the {sentence}; training goes on")
 
-    def _batches(self, dataset, consumed_samples: int, num_samples: int, num_workers: int) -> MicroBatches:
+    def _batches(self, split: str, consumed_samples: int, num_samples: int, num_workers: int) -> Iterator:
+        """This rank's micro-batches; nothing is opened on pipeline stages that read none."""
+        if not self.engine.reads_data:
+            return iter(())
         training = self.config.training
         return MicroBatches(
-            dataset, consumed_samples=consumed_samples, micro_batch_size=training.micro_batch_size,
+            getattr(self.splits, split), consumed_samples=consumed_samples, micro_batch_size=training.micro_batch_size,
             global_batch_size=training.global_batch_size, data_parallel_rank=self.coordinate.data,
-            data_parallel_size=self.topology.data, num_workers=num_workers, num_samples=num_samples,
+            data_parallel_size=self.topology.data, num_workers=num_workers, num_samples=num_samples, collate=self.task.collate,
+            pin_memory=self.device.type == "cuda",
         )
 
+    def _conclude(self) -> None:
+        """The last line: whether it went as it should."""
+        position = self.position
+        words = [f"done at iteration {position.iteration}"]
+        if position.skipped:
+            words.append(f"{position.skipped} iterations were skipped, because they were not finite")
+        if position.loss is not None and position.first_loss is not None:
+            words.append(f"loss {position.first_loss:.4f} -> {position.loss:.4f}")
+            if position.loss > position.first_loss:
+                words.append("warning: the loss ends above where it began; see megadsl plan, or lower optimizer.lr")
+        self.progress.log(" | ".join(words))
+
     def _announce(self) -> None:
-        parameters = sum(parameter.numel() for parameter in self.engine.model.parameters())
+        model = self.config.model
+        layers = " + ".join(map(str, model.stack_layers.values()))
         self.progress.log(
-            f"{self.config.model.num_layers} layers x {self.config.model.hidden_size}, {parameters:,} parameters on this rank, "
-            f"scheme {self.plan.scheme} | {self.topology.describe()}, ZeRO {self.config.parallel.zero_stage}, "
-            f"{self.config.training.precision} on {self.device}"
+            f"{self.task.name}: {layers} layers x {model.hidden_size}, {self.total_parameters:,} parameters, scheme {self.plan.scheme} | "
+            f"{self.topology.describe()}, ZeRO {self.config.parallel.zero_stage}, {self.config.training.precision} on {self.device}"
         )
         done, wanted = self.position.iteration, self.config.training.train_iters
         if done >= wanted:
@@ -261,33 +289,3 @@ class Run:
         job = record_job(self.run_dir) if self.is_main else ""
         if job:
             self.progress.log(job)
-
-
-class Interval:
-    """Rates over the iterations since the last log line; time spent validating and saving is not counted."""
-
-    def __init__(self, config: Config, padded_vocab_size: int, world_size: int, iteration: int):
-        self._config = config
-        self._tokens_per_iteration = config.training.global_batch_size * tokens_per_sequence(config.model)
-        self._flops = config.training.global_batch_size * training_flops(config.model, padded_vocab_size)
-        self._world_size = world_size
-        self._iteration = iteration
-        self._started = time.perf_counter()
-
-    def pause(self, work) -> None:
-        """Run `work` off the clock."""
-        begun = time.perf_counter()
-        work()
-        self._started += time.perf_counter() - begun
-
-    def record(self, position: Position, result: StepResult, lr: float, device: torch.device) -> LogRecord:
-        """The log line for the interval that ends now; starts the next one."""
-        now = time.perf_counter()
-        seconds = (now - self._started) / (position.iteration - self._iteration)
-        self._started, self._iteration = now, position.iteration
-        train_iters = self._config.training.train_iters
-        return LogRecord(
-            position.iteration, train_iters, result.loss, lr, result.gradient_norm,
-            self._tokens_per_iteration / seconds, self._flops / seconds / self._world_size / 1e12, peak_memory_bytes(device),
-            seconds * (train_iters - position.iteration), position.skipped,
-        )

@@ -91,13 +91,18 @@ class EngineState:
         return fragment.of(state[kind]) if kind in state else torch.zeros(fragment.count, device=fragment.flat.device)
 
     @torch.no_grad()
-    def load(self, reader: TensorReader, steps: int | None, loss_scaler: dict[str, float]) -> None:
-        """Fill weights and, unless `steps` is None, Adam's state. 16-bit weights become the rounded master weights."""
+    def load(self, reader: TensorReader, steps: int | None, loss_scaler: dict[str, float], partial: bool = False) -> None:
+        """Fill weights and, unless `steps` is None, Adam's state. 16-bit weights become the rounded master weights.
+
+        `partial`: parameters that the reader has not stay as they are.
+        """
         expected = {fragment.name for fragment in self._fragments}
         if self._topology.pipeline == 1 and (foreign := set(reader.names("weights")) - expected):
             raise UserError(f"{reader.folder} holds tensors that the model has not, for example {min(foreign)}.")
+        held = set(reader.names("weights"))
         for fragment in self._fragments:
-            self._load_weights(fragment, reader)
+            if not partial or fragment.name in held:
+                self._load_weights(fragment, reader)
         if self._zero_stage == 3:
             persistent = self._engine.optimizer.persistent_parameters
             if persistent:  # small parameters are kept gathered: gather them anew

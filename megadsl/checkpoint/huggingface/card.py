@@ -19,7 +19,7 @@ def model_card(source: ExportSource, architecture: str, folded: Folding, compari
     model, config = source.config.model, source.config
     auto, task = _AUTO[model.family]
     parameters = sum(tensor.numel() for tensor in source.weights.values())
-    layers = f"{model.num_layers} + {model.decoder_layers}" if model.family == "encoder_decoder" else str(model.num_layers)
+    layers = " + ".join(map(str, model.stack_layers.values()))
     accuracy = f"{comparison.error:.1e} over {comparison.positions} positions of real text (reloaded from disk, fp32)"
     if comparison.rounded_error is not None:
         accuracy += f"; {comparison.rounded_error:.1e} with the weights as stored in {dtype}"

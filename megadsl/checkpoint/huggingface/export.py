@@ -77,14 +77,12 @@ def choose_architecture(model: ModelConfig, name: str = "auto") -> Architecture:
         if name not in ARCHITECTURES:
             raise UserError(f"There is no architecture {name} to export to; choose one of {', '.join(ARCHITECTURES)} or auto.")
         return ARCHITECTURES[name]
-    post = model.norm_position == "post"
-    if model.family == "decoder":
-        return LLAMA if model.position_embedding_type == "rope" else GPT2
-    if model.family == "encoder":
-        return BERT if post else MEGATRON_BERT
-    if model.position_embedding_type == "relative":
-        return T5
-    return BART if post else MBART
+    post, positions = model.norm_position == "post", model.position_embedding_type
+    return {
+        ("decoder",): LLAMA if positions == "rope" else GPT2,
+        ("encoder",): BERT if post else MEGATRON_BERT,
+        ("encoder", "decoder"): T5 if positions == "relative" else BART if post else MBART,
+    }[tuple(model.stack_layers)]
 
 
 def their_model(source: ExportSource, architecture: Architecture, folded: Folding) -> tuple[Iterable, dict, list[str]]:
@@ -95,7 +93,7 @@ def their_model(source: ExportSource, architecture: Architecture, folded: Foldin
     epsilon = architecture.fixed_epsilon or model.layernorm_epsilon * folded.epsilon_factor
     settings = architecture.settings(model.model_copy(update={"layernorm_epsilon": epsilon}))
     settings |= {"vocab_size": vocab_size, **special_ids(source.tokenizer)}
-    if model.family == "encoder_decoder" and "bos_token_id" in settings:
+    if len(model.stack_layers) > 1 and "bos_token_id" in settings:
         settings["decoder_start_token_id"] = settings["bos_token_id"]
     mapping = TensorMap(model, vocab_size, source.padded_vocab_size, architecture.biases(model))
     architecture.tensors(mapping, settings)
@@ -110,9 +108,7 @@ def _with_positions(weights: dict, model: ModelConfig, plan: SignalPlan) -> dict
     """With a table for positions that need none here (sinusoidal: computed, none: zeros) and are looked up over there."""
     if model.position_embedding_type not in ("sinusoidal", "none"):
         return weights
-    lengths = {"embedding": model.seq_length}
-    if model.family == "encoder_decoder":
-        lengths = {"encoder.embedding": model.seq_length, "decoder.embedding": model.target_length}
+    lengths = {f"{stack}.embedding" if len(model.stack_lengths) > 1 else "embedding": rows for stack, rows in model.stack_lengths.items()}
     std = plan.embedding.weight_std.get("position_embedding", 0.0)
     return weights | {f"{name}.position": sinusoid(rows, model.hidden_size) * std for name, rows in lengths.items()}
 

@@ -20,6 +20,7 @@ from megadsl.checkpoint.store import complete_folder, write_small_files
 from megadsl.checkpoint.weights import write_tensors
 from megadsl.config import Config
 from megadsl.config.load import parse_config
+from megadsl.data.dataset import TOKENIZER
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 from megadsl.schemes.plan import SignalPlan
@@ -53,17 +54,17 @@ def import_huggingface(folder: Path, output: Path, scheme: str = "vanilla", toke
     architecture.tensors(mapping, values)
     with ExitStack() as stack, staged_folder(output) as staging:
         weights = dict(mapping.read(_tensors(folder, stack)))
-        write_initial(staging, config, plan, tokenizer, tokenizer_file, vocab_size, unfold(weights, folded))
+        write_initial(staging, config, plan, tokenizer, vocab_size, unfold(weights, folded))
     return output
 
 
-def write_initial(staging: Path, config: Config, plan: SignalPlan, tokenizer: Tokenizer, tokenizer_file: Path, vocab_size: int,
+def write_initial(staging: Path, config: Config, plan: SignalPlan, tokenizer: Tokenizer, vocab_size: int,
                   weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """A complete checkpoint of weights alone, at iteration 0, in the folder `staging`."""
     records, error = write_tensors(staging, "imported", (("weights", *item) for item in weights))
     if error is not None:
         raise error
-    records |= write_small_files(staging, config, plan, tokenizer_file)
+    records |= write_small_files(staging, config, plan, {TOKENIZER: tokenizer.content})
     complete_folder(staging, CheckpointInfo(
         0, 0, 0, None, 1, 1, 1, config.parallel.zero_stage, vocab_size, tokenizer.sha256, library_versions()), records)
 
@@ -94,9 +95,9 @@ def _config(architecture: Architecture, values: dict, scheme: str, tokenizer_fil
     size = values["vocab_size"]
     multiple = next((m for m in (128, 64, 32, 16, 8, 4, 2, 1) if -(-pieces // m) * m == size), size)
     model = architecture.section(values)
-    data = {"denoising": "infilling"} if architecture.fixed_epsilon and model["family"] == "encoder_decoder" else {}
+    task = {"corruption": "infilling"} if architecture.fixed_epsilon and model["family"] == "encoder_decoder" else {}
     return parse_config({
-        "model": model, "scheme": scheme, "data": data,
+        "model": model, "scheme": scheme, "task": task,
         "tokenizer": {"model": str(tokenizer_file), "make_vocab_size_divisible_by": multiple},
     })
 

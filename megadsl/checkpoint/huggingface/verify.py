@@ -43,7 +43,7 @@ def compare_with_folder(source: ExportSource, architecture: str, folder: Path, e
     model = load_theirs(transformers, source.config.model.family, folder)
     if type(model).__name__ != architecture:
         raise UserError(f"transformers loads {folder} as {type(model).__name__}, not {architecture}; nothing was written.")
-    sample = source.sample()
+    sample = source.sample
     ours = source.logits(sample)
     error, rounded = relative_error(their_logits(model, sample), ours), None
     if exact is not None:

@@ -9,10 +9,12 @@ Shape letters: s = model.seq_length, n text tokens of a window.
 import unicodedata
 
 import numpy as np
+import torch
 
-from megadsl.config import Config
-from megadsl.data.causal import segments_of
 from megadsl.data.tokenizer import Tokenizer
+from megadsl.tasks.language.causal_samples import segments_of
+from megadsl.tasks.language.options import MaskedOptions
+from megadsl.tasks.language.samples import StreamSamples
 
 _MASKED, _RANDOM = 0.8, 0.1
 
@@ -20,15 +22,15 @@ _MASKED, _RANDOM = 0.8, 0.1
 class Masked:
     """Window [n] -> tokens, labels, loss_mask [s] of [CLS] text [SEP], or of [CLS] A [SEP] B [SEP] with sentence_order."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        self._data, self._tokenizer = config.data, tokenizer
+    def __init__(self, options: MaskedOptions, tokenizer: Tokenizer):
+        self._options, self._tokenizer = options, tokenizer
         self._is_text = tokenizer.is_text
         self._text_ids = np.flatnonzero(tokenizer.is_text)
         self._starts, self._alone, self._line_end = piece_classes(tokenizer)
 
     def __call__(self, window: np.ndarray, rng: np.random.RandomState) -> dict[str, np.ndarray]:
         cls, sep = [self._tokenizer.cls], [self._tokenizer.sep]
-        if self._data.sentence_order:
+        if self._options.sentence_order:
             cut, swapped = self._cut(window, rng), rng.randint(2)
             first, second = (window[cut:], window[:cut]) if swapped else (window[:cut], window[cut:])
             labels = np.concatenate([cls, first, sep, second, sep])
@@ -46,8 +48,8 @@ class Masked:
     def _mask(self, labels: np.ndarray, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
         """(tokens that the encoder reads, loss_mask), each [s]."""
         candidates = np.flatnonzero(self._is_text[labels])
-        wanted = max(1, round(self._data.masking_probability * len(candidates)))
-        if self._data.masking_do_full_word:
+        wanted = max(1, round(self._options.masking_probability * len(candidates)))
+        if self._options.masking_do_full_word:
             chosen = self._whole_words(labels, candidates, wanted, rng)
         else:
             chosen = rng.permutation(candidates)[:wanted]
@@ -104,3 +106,37 @@ def piece_classes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def _separates(character: str) -> bool:
     return character != "_" and unicodedata.category(character)[0] in "PSZC"
+
+
+class OneMasked(torch.utils.data.Dataset):
+    """Samples of pseudo-perplexity: text tokens of windows spread over a text, each masked alone and predicted.
+
+    Args:
+        tokens: [t] int64.
+        objective: gives the sequence around a window.
+        length: tokens of a window.
+        count: samples, if the text has so many.
+    """
+
+    def __init__(self, tokens: np.ndarray, objective: Masked, length: int, tokenizer: Tokenizer, count: int):
+        self._samples, self._mask = StreamSamples(tokens, objective, length), tokenizer.mask
+        windows = len(self._samples)
+        wanted = min(windows, max(1, -(-count // length)))
+        self._places: list[tuple[int, int]] = []
+        for number in range(wanted):
+            window = (2 * number + 1) * windows // (2 * wanted)
+            labels = self._samples[window]["labels"].numpy()
+            self._places += [(window, int(position)) for position in np.flatnonzero(tokenizer.is_text[labels])]
+        self._places = self._places[:count]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window, position = self._places[index]
+        sample = dict(self._samples[window])
+        sample["tokens"] = sample["labels"].clone()
+        sample["tokens"][position] = self._mask
+        sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
+        sample["loss_mask"][position] = 1
+        return sample

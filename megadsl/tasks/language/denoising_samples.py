@@ -7,19 +7,19 @@ Shape letters: n raw window, s = model.seq_length, t = model.target_length.
 
 import numpy as np
 
-from megadsl.config import Config
-from megadsl.data.lengths import spans_of
+from megadsl.config.model import ModelConfig
 from megadsl.data.tokenizer import Tokenizer
+from megadsl.tasks.language.lengths import spans_of
+from megadsl.tasks.language.options import DenoisingOptions
 
 
 class SpanCorruption:
     """Window [n] -> source_tokens [s]: text with a sentinel for each span; target_tokens, labels, loss_mask [t]: the spans."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        data = config.data
-        self._spans = spans_of(config.model.seq_length, data.noise_density, data.mean_noise_span_length)
+    def __init__(self, options: DenoisingOptions, model: ModelConfig, tokenizer: Tokenizer):
+        self._spans = spans_of(model.seq_length, options.noise_density, options.mean_noise_span_length)
         self._sentinels = np.array(tokenizer.additional_special_tokens_ids[:self._spans.count], dtype=np.int64)
-        self._target_length, self._tokenizer = config.model.target_length, tokenizer
+        self._target_length, self._tokenizer = model.target_length, tokenizer
 
     def __call__(self, window: np.ndarray, rng: np.random.RandomState) -> dict[str, np.ndarray]:
         spans = self._spans
@@ -40,9 +40,9 @@ class SpanCorruption:
 class Infilling:
     """Window [s - 1] -> source_tokens [s]: text with one <mask> for each span, padded; target: the whole text."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
-        self._density, self._mean = config.data.noise_density, config.data.mean_noise_span_length
-        self._source_length, self._target_length, self._tokenizer = config.model.seq_length, config.model.target_length, tokenizer
+    def __init__(self, options: DenoisingOptions, model: ModelConfig, tokenizer: Tokenizer):
+        self._density, self._mean = options.noise_density, options.mean_noise_span_length
+        self._source_length, self._target_length, self._tokenizer = model.seq_length, model.target_length, tokenizer
 
     def __call__(self, window: np.ndarray, rng: np.random.RandomState) -> dict[str, np.ndarray]:
         eos, n = [self._tokenizer.eos], len(window)

@@ -1,6 +1,8 @@
-"""All tokens of a text or of a dataset's split as one stream, for evaluation."""
+"""Text to evaluate on: all tokens of a text or of a dataset's split as one stream, and rows to compare an exported model on."""
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -9,6 +11,11 @@ from megadsl.data.dataset import load_dataset
 from megadsl.data.sources import Report, find_files, read_documents
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+EXPORT_TOKENS = 256
 
 
 def tokens_of_split(folder: Path, split: str, tokenizer_sha256: str) -> tuple[np.ndarray, int]:
@@ -31,3 +38,13 @@ def tokens_of_text(source: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
             ids += [*tokenizer.encode(document), tokenizer.eod]
             size += len(document.encode())
     return np.asarray(ids, dtype=np.int64), size
+
+
+def export_rows(tokenizer: Tokenizer, length: int, start: int = 0) -> "torch.Tensor":
+    """Two rows of at most EXPORT_TOKENS tokens of real text: [2, s]."""
+    import torch
+
+    text = Path(os.__file__).read_text(encoding="utf-8")  # the standard library's: every machine has it
+    ids = torch.tensor(tokenizer.encode(text[:40 * EXPORT_TOKENS]))
+    length = min(length, EXPORT_TOKENS, (len(ids) - start) // 2)
+    return ids[start:start + 2 * length].view(2, length).clone()

@@ -1,0 +1,1 @@
+"""Language modelling: the next token (decoder), masked tokens (encoder), spans of text (encoder_decoder)."""
