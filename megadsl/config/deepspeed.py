@@ -41,8 +41,9 @@ def _derived(config: Config, world_size: int) -> dict:
     }
     if training.precision != "fp32":
         derived[training.precision] = {"enabled": True}
-    if training.precision == "bf16" and parallel.pipeline_model_parallel_size > 1:
-        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    if training.precision == "bf16":
+        # bf16 holds 8 bits: of 1,024 gradients of 1 it would add up 256, and a sum over ranks loses as much.
+        derived |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     several_gradients = len(config.model.stack_layers) > 1 or config.model.position_embedding_type == "relative"
     if parallel.pipeline_model_parallel_size > 1 and several_gradients:
         # DeepSpeed can slice what it sends over tensor-parallel ranks, but only where one tensor of it has a gradient; an

@@ -37,7 +37,7 @@ class TaskLayers:
             (documents from 1 on, 0: padding), prefix_length, source_segments.
         target_inputs: of an encoder_decoder: entries that make the decoder's hidden state.
         target_context: names of the batch's tensors that wait for those entries.
-        isolated: documents packed into one sequence do not see each other.
+        isolated: a position attends to its own segment only, so to no padding and to no other document of its sequence.
     """
 
     inputs: list[LayerEntry]
