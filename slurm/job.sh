@@ -8,7 +8,7 @@ if [ -f "$cluster_env" ]; then source "$cluster_env"; fi
 venv=${MEGADSL_VENV:-$here/../.venv}
 if [ -f "$venv/bin/activate" ]; then
     source "$venv/bin/activate"
-elif [ -n "${MEGADSL_VENV:-}" ]; then
+elif [ -n "${MEGADSL_VENV:-}" ] && [ -z "${MEGADSL_CONTAINER:-}" ]; then
     echo "MEGADSL_VENV=$MEGADSL_VENV is not a virtual environment." >&2
     exit 2
 fi

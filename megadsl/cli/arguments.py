@@ -14,7 +14,7 @@ def config_from_arguments(arguments: list[str]) -> Config:
     files = [argument for argument in arguments if not re.match(r"[\w.]+=", argument)]
     overrides = [argument for argument in arguments if argument not in files]
     if not files:
-        raise UserError("Name a configuration file first, for example configs/decoder-192.yaml.")
+        raise UserError("Name a configuration file first; `megadsl config show decoder-192 > mine.yaml` makes one.")
     from megadsl.tasks.registry import resolved
 
     return resolved(load_config(files, overrides))

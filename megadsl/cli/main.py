@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from megadsl.cli import checkpoint, data, doctor, evaluate, generate, plan, slurm, theory, tokenizer, train
+from megadsl.cli import checkpoint, config, data, doctor, evaluate, generate, plan, slurm, theory, tokenizer, train
 from megadsl.errors import UserError
 from megadsl.parallel.launch import launched_rank
 
@@ -14,6 +14,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)

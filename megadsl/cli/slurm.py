@@ -7,17 +7,17 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import typer
 import yaml
 
-import megadsl
 from megadsl.cli.arguments import config_from_arguments, writing
+from megadsl.config.resources import how_to_restore, shared_folder
 from megadsl.errors import UserError
 
 app = typer.Typer(help="Submit training to SLURM, watch it, collect a sweep.", no_args_is_help=True)
-SCRIPTS = Path(megadsl.__file__).resolve().parents[1] / "slurm"
 _LAST_ITERATIONS = 10  # a run's loss in the table of a sweep: the mean over its last ones
 
 
@@ -44,7 +44,7 @@ def submit(
         "job-name": run_dir.name, "output": f"{run_dir}/slurm-{'%A_%a' if sweep else '%j'}.log", "array": f"1-{len(combinations)}" if sweep else None,
     }
     name = "sweep" if sweep else "finetune" if init_from else "train"
-    script = render(SCRIPTS / f"{name}.sbatch", options)
+    script = render(shared_folder("slurm") / f"{name}.sbatch", options)
     words = [str(run_dir)] * bool(sweep) + [init_from] * bool(init_from) + arguments
     typer.echo(script)
     path = run_dir / f"{name}.sbatch"
@@ -66,13 +66,17 @@ def render(template: Path, options: dict) -> str:
     try:
         lines = template.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"{template} cannot be read ({error.strerror}); submit from a clone of the repository.") from error
+        raise UserError(f"{template} cannot be read ({error.strerror}); {how_to_restore(template.parent)}.") from error
     given = {name: value for name, value in options.items() if value is not None}
     own = [line for line in lines if not (line.startswith("#SBATCH --") and line[10:].partition("=")[0] in given)]
     first = next(index for index, line in enumerate(own) if line.startswith("#SBATCH"))
     own[first:first] = [f"#SBATCH --{name}={value}" for name, value in given.items()]
-    # The script lies in the run folder; what it sources does not.
-    own.insert(own.index("set -euo pipefail") + 1, f"MEGADSL_SLURM={shlex.quote(str(template.parent))}")
+    # The script lies in the run folder; what it sources does not. The job runs in the environment that submits it.
+    settings = [f"MEGADSL_SLURM={shlex.quote(str(template.parent))}"]
+    if Path(sys.prefix, "bin", "activate").is_file():
+        settings.append(f"MEGADSL_VENV=${{MEGADSL_VENV:-{shlex.quote(sys.prefix)}}}")
+    start = own.index("set -euo pipefail") + 1
+    own[start:start] = settings
     return "\n".join(own) + "\n"
 
 
@@ -85,6 +89,12 @@ def sweep_lines(sweep: list[str]) -> list[str]:
             raise UserError(f"--sweep {axis} is not KEY=A,B,C, for example --sweep optimizer.lr=1e-3,3e-3.")
         axes.append([f"{key}={value}" for value in values.split(",")])
     return [" ".join(combination) for combination in itertools.product(*axes)]
+
+
+@app.command()
+def scripts() -> None:
+    """The folder of the batch scripts, to copy and edit: cp -r "$(megadsl slurm scripts)" ."""
+    typer.echo(shared_folder("slurm"))
 
 
 @app.command()

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
+from megadsl.config.resources import shared_deepspeed_config
 from megadsl.config.run import Config
 from megadsl.errors import UserError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict:
@@ -56,11 +55,9 @@ def _file(config: Config) -> Path | None:
     name = config.parallel.deepspeed_config
     if name == "none":
         return None
-    if name != "auto":
-        return Path(name)
-    stage = "pipeline" if config.parallel.pipeline_model_parallel_size > 1 else f"zero{config.parallel.zero_stage}"
-    path = REPOSITORY / "ds_configs" / f"{stage}.json"
-    return path if path.is_file() else None
+    if name == "auto":
+        name = "pipeline" if config.parallel.pipeline_model_parallel_size > 1 else f"zero{config.parallel.zero_stage}"
+    return Path(name) if "/" in name or name.endswith(".json") else shared_deepspeed_config(name)
 
 
 def _merge(target: dict, given: dict, path: Path, parents: tuple[str, ...]) -> None:

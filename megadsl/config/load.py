@@ -86,7 +86,7 @@ def _read_yaml(path: Path):
     try:
         layer = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise UserError(f"There is no configuration file {path}.") from error
+        raise UserError(f"There is no configuration file {path}; `megadsl config list` names examples to start from.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(layer):

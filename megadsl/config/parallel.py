@@ -15,8 +15,8 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage; a pipeline needs exactly 1")
     deepspeed_config: str = Field(
         "auto",
-        description="JSON with DeepSpeed keys that cannot be derived; auto: the file of ds_configs/ for this layout; "
-        "none: nothing but the derived keys",
+        description="JSON with DeepSpeed keys that cannot be derived, or the name of one that comes along (zero3_offload); "
+        "auto: the file of ds_configs/ for this layout; none: nothing but the derived keys",
     )
     timeout_minutes: float = Field(10.0, gt=0, description="a collective that takes longer ends the run")
 

@@ -33,7 +33,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("page, line", FOUND, ids=lambda value: str(value)[:60])
 def test_command_parses(page, line, monkeypatch):
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.partition(" > ")[0], comments=True)
     start = next(index for index, word in enumerate(words) if word.rpartition("/")[2] == "megadsl")
     words = words[start + 1:]
     command, arguments = typer.main.get_command(app), words

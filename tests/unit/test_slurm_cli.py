@@ -6,14 +6,15 @@ import subprocess
 import pytest
 from typer.testing import CliRunner
 
-from megadsl.cli.slurm import SCRIPTS, app, render, sweep_lines
+from megadsl.cli.slurm import app, render, sweep_lines
 from megadsl.config import save_config
+from megadsl.config.resources import shared_folder
 from megadsl.errors import UserError
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("*.sbatch")))
+@pytest.mark.parametrize("name", sorted(path.name for path in shared_folder("slurm").glob("*.sbatch")))
 def test_rendered_scripts_have_the_users_numbers_once(name, tmp_path):
-    script = render(SCRIPTS / name, {"nodes": 4, "job-name": "mine", "signal": "USR1@60", "time": None})
+    script = render(shared_folder("slurm") / name, {"nodes": 4, "job-name": "mine", "signal": "USR1@60", "time": None})
     options = [line.split()[1].partition("=") for line in script.splitlines() if line.startswith("#SBATCH")]
     assert len({key for key, *_ in options}) == len(options), "no option twice"
     values = {key: value for key, _, value in options}
