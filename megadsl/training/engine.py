@@ -16,7 +16,7 @@ from megadsl.config.deepspeed import deepspeed_config
 from megadsl.model.definition import ModelDefinition
 from megadsl.model.init import initialize
 from megadsl.model.stack import SequentialModel, build_pipeline
-from megadsl.parallel.groups import DeepSpeedMpu, data_group, tensor_group
+from megadsl.parallel.groups import DeepSpeedMpu, data_group, join_deepspeed, tensor_group
 from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Coordinate, Topology
 from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm, parameter_groups
@@ -46,6 +46,7 @@ class Engine:
         self.definition = definition
         self.pipelined = topology.pipeline > 1
         self.accumulation = config.gradient_accumulation_steps(topology.world_size)
+        join_deepspeed(device)
         if self.pipelined:
             self.model = build_pipeline(definition.entries, definition.loss, topology)
         else:
