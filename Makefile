@@ -18,7 +18,7 @@ train: install
 	$(BIN)/megadsl tokenizer train --corpus $(DATA)/corpus --output $(DATA)/tokenizer.model --vocab-size 2048 --type bpe
 	$(BIN)/megadsl data preprocess --corpus $(DATA)/corpus --tokenizer $(DATA)/tokenizer.model --output $(DATA)/dataset
 	$(BIN)/megadsl plan $(CONFIG) --figure $(RUN)/plan.png
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(PROCESSES) -m megadsl train $(CONFIG) training.run_dir=$(RUN)
+	$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m megadsl train $(CONFIG) training.run_dir=$(RUN)
 	$(BIN)/megadsl evaluate $(RUN) --data $(DATA)/dataset --split test --max-tokens 50000
 	$(BIN)/megadsl generate $(RUN) --prompt "def " --max-new-tokens 80 --top-p 0.9
 	@echo "Done. TensorBoard: $(BIN)/tensorboard --logdir $(RUN)/tensorboard | checkpoint: $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest) | plan: $(RUN)/plan.json, $(RUN)/plan.png"

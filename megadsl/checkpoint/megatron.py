@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 
 import torch
+import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core)
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel

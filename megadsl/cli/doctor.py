@@ -35,7 +35,7 @@ def doctor(folder: Path = typer.Option(Path("."), help="where runs will lie: its
         hosts = ranks.gather(node_name())
         if hosts.index(hosts[ranks.rank]) == ranks.rank:
             rows = [*_versions(), *_devices(device, hosts.count(hosts[ranks.rank])), *_slurm()]
-            of_node = [Finding(*row) for row in rows] + check_deepspeed_ops()
+            of_node = [Finding(*row) for row in rows] + check_deepspeed_ops(device)
         common = check_communication(ranks, launch.launcher) + check_file_system(folder, ranks)
         table = _merge(list(zip(hosts, ranks.gather(of_node), strict=True)), common)
     finally:

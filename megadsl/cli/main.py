@@ -8,6 +8,7 @@ import typer
 from megadsl.cli import checkpoint, config, data, doctor, evaluate, generate, plan, slurm, theory, tokenizer, train
 from megadsl.errors import UserError
 from megadsl.parallel.launch import launched_rank
+from megadsl.parallel.threads import set_threads
 
 app = typer.Typer(
     help="Train very deep transformers with DeepScaleLM, and predict their signal before you do.",
@@ -27,8 +28,13 @@ app.add_typer(tokenizer.app, name="tokenizer")
 
 
 @app.callback()
-def _launcher_arguments(local_rank: int = typer.Option(None, "--local_rank", hidden=True, help="given by the deepspeed launcher")) -> None:
-    """The deepspeed launcher puts --local_rank before the verb; rank discovery reads the environment instead."""
+def _for_every_verb(
+    threads: int = typer.Option(
+        None, "--threads", min=1, help="Compute threads of this process. Default: OMP_NUM_THREADS, else its share of the cores."),
+    local_rank: int = typer.Option(None, "--local_rank", hidden=True, help="given by the deepspeed launcher"),
+) -> None:
+    # The deepspeed launcher puts --local_rank before the verb; rank discovery reads the environment instead.
+    set_threads(threads)
 
 
 def run() -> None:

@@ -117,6 +117,7 @@ def _prepare(corpus: Path, tokenizer_model: Path, output: Path) -> _Job:
 
 
 def _dtype(vocab_size: int) -> type:
+    import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core)
     from megatron.core.datasets.indexed_dataset import DType
 
     return DType.optimal_dtype(vocab_size)
@@ -152,6 +153,7 @@ def write_documents(
     batches: Iterable[tuple[np.ndarray, list[int]]], prefix: Path, dtype: type, done: Callable[[int], None],
 ) -> dict:
     """Write encoded documents to `prefix`.bin and .idx; gives their counts. `done` hears of the documents of each batch."""
+    import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core)
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 
     documents = tokens = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core)
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split

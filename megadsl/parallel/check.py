@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megadsl.parallel.device import communication_backend
+from megadsl.parallel.device import communication_backend, prepare_deepspeed
 from megadsl.parallel.launch import Launch
 
 # (bytes, repetitions): latency shows in the first, bandwidth in the last.
@@ -112,8 +112,9 @@ def _size(size: int) -> str:
     return f"{size} B" if size < 2**10 else f"{size // 2**10} KiB" if size < 2**20 else f"{size // 2**20} MiB"
 
 
-def check_deepspeed_ops() -> list[Finding]:
+def check_deepspeed_ops(device: torch.device) -> list[Finding]:
     """Which of DeepSpeed's compiled operators could be built here; megadsl needs none of them on a CPU."""
+    prepare_deepspeed(device)
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
     missing = [program for program in ("ninja", "c++") if not shutil.which(program)]

@@ -2,9 +2,11 @@
 
 import collections
 import contextlib
+import functools
+import gc
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -13,8 +15,49 @@ from megadsl.errors import UserError
 _state = {"prepared": None}
 
 
+@contextlib.contextmanager
+def _compilation_deferred() -> Iterator[None]:
+    """Within it, torch.compile(function) gives a function that is compiled at its first call."""
+    torch_compile = torch.compile
+
+    def deferred(function: Callable) -> Callable:
+        compiled = functools.cache(lambda: torch_compile(function))
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    torch.compile = deferred
+    try:
+        yield
+    finally:
+        torch.compile = torch_compile
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """Nothing that an import makes is garbage; looking through it again and again is a fifth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # later collections leave out what was imported
+        if enabled:
+            gc.enable()
+
+
+# Reason: Megatron-core decorates 28 small functions with torch.compile (its jit_fuser), and the first of them imports Dynamo
+# and Inductor: 2 s of every start, for functions that a CPU run never calls. Nothing is lost on a GPU, where torch.compile
+# itself compiles at the first call. Whatever imports Megatron-core imports this module before it (a test sees to that).
+with _compilation_deferred(), _collector_off():
+    import megatron.core  # noqa: F401, E402
+
+
 def prepare_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """Choose the device of this process and make Megatron-core and DeepSpeed work on it. Call before either is used."""
+    """Choose the device of this process and make Megatron-core work on it. Call before it is used, and before DeepSpeed is imported."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"There is no device '{name}'; it is auto, cpu or cuda (the launcher decides which GPU).")
     kind = name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,10 +71,9 @@ def prepare_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         os.environ["DS_ACCELERATOR"] = "cpu"
         device = torch.device("cpu")
     if _state["prepared"] is None:
-        _quieten_logs()
+        logging.getLogger("megatron.core").setLevel(logging.ERROR)
         if kind == "cpu":
             _patch_megatron_for_cpu()
-            _patch_deepspeed_for_cpu()
         _state["prepared"] = kind
     elif _state["prepared"] != kind:
         raise RuntimeError(f"this process already runs on {_state['prepared']}, it cannot change to {kind}")
@@ -77,19 +119,16 @@ def _arrived(batch: dict[str, torch.Tensor], copied: "torch.cuda.Event") -> dict
     return batch
 
 
-def _quieten_logs() -> None:
+def prepare_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed, quiet and without its compiled ops on a CPU. Call after prepare_device, before DeepSpeed is used."""
+    import deepspeed.ops
     import deepspeed.utils  # sets the level of its logger at import, so change it afterwards
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-
-
-def _patch_deepspeed_for_cpu() -> None:
-    import deepspeed.ops
-
-    # Reason: the first init_distributed on CPU compiles the shared-memory op for 25 s (it serves inference_all_reduce
-    # only), and finding out which ops could be compiled runs a compiler too. No op of DeepSpeed is used on CPU.
-    deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
+    if device.type == "cpu":
+        # Reason: the first init_distributed on CPU compiles the shared-memory op for 25 s (it serves inference_all_reduce
+        # only), and finding out which ops could be compiled runs a compiler too. No op of DeepSpeed is used on CPU.
+        deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
 
 
 def _patch_megatron_for_cpu() -> None:

@@ -4,31 +4,41 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from megadsl.parallel.device import communication_backend, prepare_deepspeed  # isort: skip  (before Megatron-core)
 from megatron.core import parallel_state
 
-from megadsl.parallel.device import communication_backend
 from megadsl.parallel.launch import Launch
 from megadsl.parallel.topology import Topology
 
 
 def initialize_groups(launch: Launch, topology: Topology, device: torch.device, timeout_minutes: float = 10.0) -> None:
-    """Join the job's process group and form Megatron's tensor, pipeline and data groups."""
-    launch.export()
-    timeout = timedelta(minutes=timeout_minutes)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            communication_backend(device), rank=launch.rank, world_size=launch.world_size, timeout=timeout
-        )
-    import deepspeed  # not at the top: it picks its accelerator at import, after megadsl.parallel.device has chosen
+    """Join the job's process group and form Megatron's tensor, pipeline and data groups.
 
-    # Takes over the group that exists; PipelineModule asks deepspeed.comm for ranks before deepspeed.initialize.
-    deepspeed.init_distributed(communication_backend(device), auto_mpi_discovery=False, verbose=False)
+    Training calls join_deepspeed as well; what only runs a model pays no seconds for importing DeepSpeed.
+    """
+    launch.export()
+    if not dist.is_initialized():
+        # One process has nobody to meet: a store in its memory, so that no port can be taken by somebody else.
+        meeting_place = {"store": dist.HashStore()} if launch.world_size == 1 else {}
+        dist.init_process_group(
+            communication_backend(device), rank=launch.rank, world_size=launch.world_size,
+            timeout=timedelta(minutes=timeout_minutes), **meeting_place,
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )
+
+
+def join_deepspeed(device: torch.device) -> None:
+    """Let DeepSpeed take over the process group that exists. PipelineModule asks it for ranks, so call this before one is built."""
+    prepare_deepspeed(device)
+    import deepspeed  # not at the top: it picks its accelerator at import, after megadsl.parallel.device has chosen
+
+    deepspeed.init_distributed(communication_backend(device), auto_mpi_discovery=False, verbose=False)
 
 
 def destroy_groups() -> None:

@@ -30,8 +30,8 @@ class Launch:
 
     @classmethod
     def alone(cls) -> "Launch":
-        """One process, whatever launcher started it."""
-        return cls(0, 1, 0, "127.0.0.1", _free_port(), "one process")
+        """One process, whatever launcher started it. It needs no port (groups.py)."""
+        return cls(0, 1, 0, "127.0.0.1", 0, "one process")
 
     def export(self) -> None:
         """Set the variables that torch.distributed and DeepSpeed read."""

@@ -8,6 +8,7 @@ where they are sharded (attention dropout) Megatron's tracker is forked and diff
 import hashlib
 
 import torch
+import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 

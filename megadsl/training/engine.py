@@ -20,7 +20,7 @@ from megadsl.model.activations import Activations
 from megadsl.model.init import ParameterTag, initialize, tag_of
 from megadsl.model.stack import SequentialModel, build_pipeline
 from megadsl.parallel.device import ahead_on_device
-from megadsl.parallel.groups import DeepSpeedMpu, sum_over_data_ranks, sum_over_replicas_and_stages, tensor_group
+from megadsl.parallel.groups import DeepSpeedMpu, join_deepspeed, sum_over_data_ranks, sum_over_replicas_and_stages, tensor_group
 from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Coordinate, Topology
 from megadsl.schemes.plan import SignalPlan
@@ -72,6 +72,7 @@ class Engine:
         self.reads_data = coordinate.pipeline in (0, topology.pipeline - 1)
         self.accumulation = config.gradient_accumulation_steps(topology.world_size)
         self._loss = _GlobalLoss(task, self.definition.targets, device)
+        join_deepspeed(device)
         if self.pipelined:
             self.model = build_pipeline(self.definition.entries, self.definition.inputs, self._loss, topology)
         else:

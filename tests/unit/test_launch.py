@@ -48,7 +48,7 @@ def set_all(monkeypatch, values: dict[str, str]) -> None:
 
 def test_one_process_alone():
     launch = discover_launch()
-    assert (launch.rank, launch.world_size, launch.local_rank) == (0, 1, 0) and launch.master_port > 0
+    assert (launch.rank, launch.world_size, launch.local_rank) == (0, 1, 0)
 
 
 def test_torchrun_variables(monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core)
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megadsl.data.dataset import load_dataset
