@@ -1,6 +1,5 @@
 """`megadsl checkpoint export` and `import`: to and from Hugging Face and Megatron-core, verified by comparing logits."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Literal
@@ -48,42 +47,17 @@ def import_(
     trust: bool = typer.Option(False, "--trust", help="megatron: read the pickles of its index, which can run code."),
 ) -> None:
     """Make a checkpoint to start from (checkpoint.init_from), and compare its logits with those of transformers."""
-    from megadsl.checkpoint.huggingface.importing import import_huggingface
-    from megadsl.checkpoint.huggingface.verify import TOLERANCE, load_theirs, offline_transformers, relative_error, their_logits
-    from megadsl.checkpoint.store import open_checkpoint
+    from megadsl.config import load_config
     from megadsl.errors import UserError
-    from megadsl.tasks.export import export_source
+    from megadsl.tasks.export import import_from_huggingface, import_from_megatron
 
     if format == "megatron":
         if config is None:
             raise UserError("--format megatron needs --config FILE: a YAML with the model section, scheme and tokenizer of the model.")
-        _import_megatron(folder, output, config, trust)
+        loaded = load_config(config)
+        import_from_megatron(folder, output, loaded, trust)
+        typer.echo(f"{output}: scheme {loaded.scheme.name}; start from it with checkpoint.init_from={output}")
         return
-    transformers = offline_transformers()
-    import_huggingface(folder, output, scheme, tokenizer)
-    try:
-        source = export_source(open_checkpoint(output))
-        sample = source.sample
-        theirs = their_logits(load_theirs(transformers, source.config.model.family, folder), sample)
-        error = relative_error(theirs[..., :source.tokenizer.vocab_size], source.logits(sample))
-        if not error <= TOLERANCE:
-            raise UserError(f"The imported model gives other logits than transformers (relative error {error:.1e}); nothing was written.")
-    except BaseException:
-        shutil.rmtree(output)
-        raise
+    error = import_from_huggingface(folder, output, scheme, tokenizer)
     typer.echo(f"{output}: scheme {scheme}, largest relative difference of logits {error:.1e}; start from it with "
                f"checkpoint.init_from={output} and the model section of {output}/config.yaml")
-
-
-def _import_megatron(folder: Path, output: Path, config: Path, trust: bool) -> None:
-    from megadsl.checkpoint.megatron import import_megatron
-    from megadsl.config import load_config
-    from megadsl.parallel.device import prepare_device
-    from megadsl.parallel.groups import initialize_groups
-    from megadsl.parallel.launch import Launch
-    from megadsl.parallel.topology import Topology
-
-    loaded = load_config(config)
-    initialize_groups(Launch.alone(), Topology(1, 1, 1), prepare_device("cpu"))
-    import_megatron(folder, output, loaded, trust)
-    typer.echo(f"{output}: scheme {loaded.scheme.name}; start from it with checkpoint.init_from={output}")

@@ -7,6 +7,8 @@ The only file of training/ that imports deepspeed, and not at the top: it picks 
 must be after megadsl.parallel.device has chosen. Shape letters: b micro-batch, s sequence.
 """
 
+import contextlib
+import io
 import math
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
@@ -97,10 +99,12 @@ class Engine:
             parameter_groups(self.model.canonical_parameters(), options, self.definition.role_factors),
             self._gradients_are_finite, lr=options.lr, betas=(options.adam_beta1, options.adam_beta2),
         )
-        engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=optimizer, mpu=None if self.pipelined else DeepSpeedMpu(),
-            config=deepspeed_config(self.config, self.topology.world_size), dist_init_required=False,
-        )
+        # What DeepSpeed prints while it starts (memory, in 16 bits) is noise in a job log.
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = deepspeed.initialize(
+                model=self.model, optimizer=optimizer, mpu=None if self.pipelined else DeepSpeedMpu(),
+                config=deepspeed_config(self.config, self.topology.world_size), dist_init_required=False,
+            )
         return engine
 
     def train_step(self, batches: Iterator[Batch], iteration: int, lr: float) -> StepResult:
