@@ -155,7 +155,8 @@ class LanguageTask(Task):
 
     def evaluation_text(self, request: EvaluationRequest) -> "tuple[np.ndarray, int]":
         """(token ids, bytes of text) of what `megadsl evaluate --data` names: a dataset's split, or text."""
-        from megadsl.tasks.language.texts import tokens_of_split, tokens_of_text
+        from megadsl.data.stream import tokens_of_split
+        from megadsl.tasks.language.texts import tokens_of_text
 
         if request.data is None:
             raise UserError("Name the text to evaluate on: --data DIR (a dataset folder), a file, a folder or python-stdlib.")
