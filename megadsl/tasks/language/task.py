@@ -134,7 +134,8 @@ class LanguageTask(Task):
     def loss(self, output: "Activations", targets: Batch) -> "Sequence[torch.Tensor]":
         from megadsl.model.loss import token_losses
 
-        return ((token_losses(output["logits"], targets["labels"]) * targets["loss_mask"]).sum(),)
+        # Added in fp64: what is evaluated does not depend on how many samples a forward pass takes.
+        return ((token_losses(output["logits"], targets["labels"]) * targets["loss_mask"]).double().sum(),)
 
     def extent(self, batch: Batch) -> Extent:
         positions = len(batch["labels"]) * self.positions_per_sample
