@@ -134,11 +134,14 @@ def test_evaluation_of_an_encoder(build, text, tmp_path):
         logits = trained(task.collate([{**sample, "tokens": masked}]))["logits"]
     by_hand = -logits[first, 0].log_softmax(-1)[sample["labels"][first]]
     (tmp_path / "window.txt").write_text(trained.tokenizer.decode(tokens[:task.window.length].tolist()), encoding="utf-8")
-    assert tokens_of_text(str(tmp_path / "window.txt"), trained.tokenizer)[0][:task.window.length].tolist() == tokens[:task.window.length].tolist()
+    assert np.array_equal(tokens_of_text(str(tmp_path / "window.txt"), trained.tokenizer)[0][:-1], tokens[:task.window.length])
     alone = evaluated(trained, str(tmp_path / "window.txt"), 4, pseudo_tokens=1)["pseudo_perplexity"]
     assert math.log(alone) == pytest.approx(float(by_hand), rel=1e-5)
     # How many samples a forward pass takes makes no difference.
-    assert evaluated(trained, text, 4, pseudo_tokens=0) == evaluated(trained, text, 3, pseudo_tokens=0)
+    four, three = (evaluated(trained, text, samples, pseudo_tokens=0) for samples in (4, 3))
+    # A product with two columns is rounded otherwise for another number of rows.
+    assert four.pop("sentence_order_loss") == pytest.approx(three.pop("sentence_order_loss"), rel=1e-6)
+    assert four == three
     (tmp_path / "short.txt").write_text("x")
     with pytest.raises(UserError, match="give more text"):
         evaluated(trained, str(tmp_path / "short.txt"), 4)
