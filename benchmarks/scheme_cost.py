@@ -19,24 +19,25 @@ VOCAB_SIZE = 512
 
 
 def build(scheme: str, layers: int, hidden: int, seq_length: int):
-    from megadsl.model.definition import define_model
     from megadsl.model.init import initialize
     from megadsl.model.stack import SequentialModel
-    from megadsl.schemes.run import plan_for_run
+    from megadsl.tasks.planning import plan_for_run
+    from megadsl.tasks.registry import task_of
     from megadsl.training.optimizer import parameter_groups
 
     model = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 16, "seq_length": seq_length}
     config = parse_config({"model": model, "scheme": scheme})
-    definition = define_model(config, plan_for_run(config), VOCAB_SIZE)
-    stack = SequentialModel(definition.entries, definition.loss)
+    task = task_of(config)
+    stack = SequentialModel(task.define_model(plan_for_run(config), VOCAB_SIZE).entries)
     initialize(stack.canonical_parameters(), 1, 0, 1)
     groups = parameter_groups(stack.canonical_parameters(), config.optimizer, {})
-    return stack.train(), torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    return task, stack.train(), torch.optim.AdamW(groups, lr=1e-4, fused=True)
 
 
-def step(stack, optimizer, tokens, targets) -> float:
+def step(task, stack, optimizer, batch) -> float:
     begun = time.perf_counter()
-    stack(tokens, targets).backward()
+    [total] = task.loss(stack({"tokens": batch["tokens"]}), batch)
+    (total / batch["labels"].numel()).backward()
     optimizer.step()
     optimizer.zero_grad()
     return time.perf_counter() - begun
@@ -45,12 +46,12 @@ def step(stack, optimizer, tokens, targets) -> float:
 def compare(layers: int, hidden: int, seq_length: int, batch: int, pairs: int) -> str:
     models = {scheme: build(scheme, layers, hidden, seq_length) for scheme in ("dslm", "vanilla")}
     tokens = torch.randint(0, VOCAB_SIZE, (batch, seq_length + 1), generator=torch.Generator().manual_seed(0))
-    inputs, targets = tokens[:, :-1].contiguous(), (tokens[:, 1:].contiguous(), torch.ones(batch, seq_length))
+    data = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": torch.ones(batch, seq_length)}
     seconds = {scheme: [] for scheme in models}
     for pair in range(pairs + 2):
         # The order alternates, so that neither profits from the other's warm caches.
         for scheme in sorted(models, reverse=pair % 2 == 0):
-            taken = step(*models[scheme], inputs, targets)
+            taken = step(*models[scheme], data)
             if pair >= 2:
                 seconds[scheme].append(taken)
     ratios = np.sort(np.array(seconds["dslm"]) / np.array(seconds["vanilla"]))

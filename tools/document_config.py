@@ -1,4 +1,4 @@
-"""Write docs/config.md from the config sections: python tools/document_config.py (a test holds it current)."""
+"""Write docs/config.md from the config sections and the tasks' options: python tools/document_config.py (a test holds it current)."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from megadsl.config import Config
+from megadsl.tasks.registry import DEFAULTS, TASKS, task_class
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
@@ -15,11 +16,26 @@ def document() -> str:
     lines = ["# Configuration", "", "Made by `python tools/document_config.py`. Unknown keys are refused; overrides are `section.key=value`."]
     for name, field in Config.model_fields.items():
         section: type[BaseModel] = field.annotation
-        lines += ["", f"## {name}", "", " ".join(section.__doc__.split()), "", "| key | type | default | |", "|---|---|---|---|"]
-        for key, item in section.model_fields.items():
-            default = "" if item.default is PydanticUndefined else f"`{item.default!r}`"
-            lines.append(f"| {name}.{key} | {_type(item.annotation)} | {default} | {item.description or ''} |")
+        lines += ["", f"## {name}", "", " ".join(section.__doc__.split()), "", *_table(name, section)]
+        if name == "task":
+            for task in TASKS:
+                lines += ["", f"### task.name={task}", "", _task_title(task), "", *_table(name, task_class(task).Options)]
     return "\n".join(lines) + "\n"
+
+
+def _table(prefix: str, section: type[BaseModel]) -> list[str]:
+    rows = []
+    for key, item in section.model_fields.items():
+        default = "" if item.default is PydanticUndefined else f"`{item.default!r}`"
+        rows.append(f"| {prefix}.{key} | {_type(item.annotation)} | {default} | {item.description or ''} |")
+    return ["| key | type | default | |", "|---|---|---|---|", *rows] if rows else ["It has no options."]
+
+
+def _task_title(task: str) -> str:
+    """For which model.family, and where task.name may be left out."""
+    families = task_class(task).families
+    default = [family for family, name in DEFAULTS.items() if name == task]
+    return f"For model.family {' or '.join(families)}" + f"; the default of {' and '.join(default)}" * bool(default) + "."
 
 
 def _type(annotation) -> str:

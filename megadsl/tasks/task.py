@@ -176,7 +176,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, output: "Activations", targets: Batch) -> "Sequence[torch.Tensor]":
-        """The sum of every part of the loss over one micro-batch, in fp32, in the order of `loss_parts`.
+        """The sum of every part of the loss over one micro-batch, in fp32 or fp64, in the order of `loss_parts`.
 
         `output` is what the last layer puts out; logits of a vocabulary are sliced over tensor-parallel ranks.
         """

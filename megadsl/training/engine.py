@@ -253,7 +253,7 @@ class _GlobalLoss:
             found = self._task.metrics(output, targets)
             for row, (total, count) in enumerate(found, start=self._parts):
                 self._sums[row] += torch.stack((total, count)).to(self._sums)
-        return totals @ self._weights
+        return totals.float() @ self._weights
 
     def end(self) -> tuple[list[list[float]], float, float]:
         """([(total, count)] of all parts and metrics, tokens, positions) of the global batch, the same on all ranks."""

@@ -8,6 +8,7 @@ import pytest
 from ranks import ForkServer
 
 from megadsl.config import load_config
+from megadsl.tasks.registry import task_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = ["model.hidden_size=32", "model.num_attention_heads=4", "model.seq_length=32", "training.train_iters=30",
@@ -30,7 +31,7 @@ def test_config_trains(file, small_data, tmp_path, server):
     full = load_config(file)
     overrides.append(f"model.num_layers={max(4, full.model.num_layers // 16)}")
     if full.model.family == "encoder_decoder":
-        targets = 32 if full.data.denoising == "infilling" else 9
+        targets = 32 if task_of(full).options.corruption == "infilling" else 9
         overrides += ["model.num_decoder_layers=6", f"model.decoder_seq_length={targets}"]
     [result] = server.run(1, _train_and_evaluate, load_config(file, overrides))
     losses = [row["train/loss"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "train/loss" in row]
@@ -49,7 +50,8 @@ def _train_and_evaluate(config) -> float:
 
     train(config)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        evaluate(config.training.run_dir, data=config.data.datasets[0].path, split="validation", batch_size=8, max_tokens=2000,
-                 pseudo_tokens=8, device="cpu", as_json=True)
+        evaluate(config.training.run_dir, data=config.data.datasets[0].path, split="validation", batch_tokens=512,
+                 max_tokens=2000, pseudo_tokens=8 if config.model.family == "encoder" else None, tensor_parallel=1, device="cpu",
+                 as_json=True)
     found = json.loads(printed.getvalue())
     return found["masked_loss"] if config.model.family == "encoder" else found["loss"]

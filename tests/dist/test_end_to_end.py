@@ -2,9 +2,11 @@
 resume -> evaluate -> generate. The resumed curve equals an undisturbed one bit for bit, with dropout on.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -61,6 +63,18 @@ def curve(run_dir: Path) -> list[tuple]:
     return [(row["iteration"], row["train/loss"], row["train/grad_norm"], row["train/lr"]) for row in rows if "train/loss" in row]
 
 
+def descendants(process: int) -> list[int]:
+    """A process and all that it started and its children started, as far as they run."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+    found = [process]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
 @pytest.fixture(scope="module")
 def killed_and_resumed(config_file) -> Path:
     """A run by the deepspeed launcher, killed with SIGKILL after its first checkpoint, resumed by torchrun."""
@@ -71,8 +85,9 @@ def killed_and_resumed(config_file) -> Path:
         seen.append(line)
         if re.search(r"iteration +1[3-9]/", line):
             break
-    # The launcher puts ranks into sessions of their own: kill everything that names this run, the ranks included.
-    subprocess.run(["pkill", "-9", "-f", str(run_dir)], check=True)
+    # The launcher puts ranks into sessions of their own: kill it and all that it started, by their ids.
+    for started in descendants(process.pid):
+        os.kill(started, signal.SIGKILL)
     process.wait()
     assert any("saved" in line for line in seen), "".join(seen)
     assert len(curve(run_dir)) < TRAIN_ITERS, "it must be killed before its end"

@@ -13,10 +13,8 @@ from megadsl.errors import UserError
 
 
 def _make_engine(config: Config):
-    from megadsl.model.definition import define_model
     from megadsl.parallel.device import prepare_device
     from megadsl.parallel.groups import initialize_groups
-    from megadsl.schemes.run import plan_for_run
     from megadsl.training.engine import Engine
     from megadsl.training.preflight import preflight
 
@@ -24,8 +22,7 @@ def _make_engine(config: Config):
     ready = preflight(config)
     device = prepare_device("cpu")
     initialize_groups(ready.launch, ready.topology, device)
-    definition = define_model(config, plan_for_run(config), 512)
-    return Engine(config, definition, ready.topology, ready.topology.coordinate(ready.launch.rank), device)
+    return Engine(config, ready.task, ready.plan, ready.topology, ready.topology.coordinate(ready.launch.rank), device)
 
 
 def _on_each(function, configs: list[Config], ports: list[int]) -> list:
@@ -93,15 +90,13 @@ def test_masks_are_equal_where_activations_are_replicated_and_differ_where_they_
 
 def _losses_with_dropout(config: Config, port: int) -> list[float]:
     os.environ["MASTER_PORT"] = str(port)
-    from megadsl.data.dataset import check_datasets
-    from megadsl.data.objective import open_datasets
     from megadsl.data.sampler import MicroBatches
     from megadsl.parallel.groups import destroy_groups
 
     engine = _make_engine(config)
     training = config.training
     batches = MicroBatches(
-        open_datasets(config, check_datasets(config).sha256).train, consumed_samples=0,
+        engine.task.splits(training.train_iters * training.global_batch_size).train, consumed_samples=0,
         micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
         data_parallel_rank=engine.coordinate.data, data_parallel_size=engine.topology.data,
     )

@@ -18,7 +18,7 @@ ALL = [
 ]
 SOME = [(2, 1, 1, 1), (1, 2, 1, 1), (2, 2, 1, 1), (2, 1, 2, 3)]
 ENCODER_DECODER = {"family": "encoder_decoder", "num_layers": 3, "num_decoder_layers": 3}
-# name: (layouts, model section, data section)
+# name: (layouts, model section, task section)
 RUNS = {
     "decoder": (ALL, {}, {}),
     "decoder untied relu": ([(2, 2, 1, 1)], {"untie_embeddings_and_output_weights": True, "activation": "relu"}, {}),
@@ -29,7 +29,7 @@ RUNS = {
                      {"reset_attention_mask": True, "reset_position_ids": True}),
     "T5": (SOME, {**ENCODER_DECODER, "position_embedding_type": "relative", "normalization": "RMSNorm", "add_bias_linear": False,
                   "decoder_seq_length": 9}, {}),
-    "BART": (SOME, {**ENCODER_DECODER, "norm_position": "post", "embedding_layernorm": True}, {"denoising": "infilling"}),
+    "BART": (SOME, {**ENCODER_DECODER, "norm_position": "post", "embedding_layernorm": True}, {"corruption": "infilling"}),
 }
 TOLERANCE = 1e-5
 
@@ -53,11 +53,11 @@ def curves(small_data, tmp_path_factory):
     """Metrics by (run, layout)."""
     folder, found = tmp_path_factory.mktemp("parity"), {}
     with ForkServer() as server:
-        for name, (layouts, model, data) in RUNS.items():
+        for name, (layouts, model, task) in RUNS.items():
             for layout in (REFERENCE, *layouts):
                 tensor, pipeline, replicas, zero = layout
                 config = small_data.config(
-                    folder / name / "-".join(map(str, layout)), model=model, data=data,
+                    folder / name / "-".join(map(str, layout)), model=model, task=task,
                     # Adam divides by what may be rounding; where gradients are large it carries that from step to step.
                     optimizer={"lr": 1e-3 if name == "encoder post" else 3e-3},
                     parallel={"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "zero_stage": zero},

@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from megadsl.config import Config
+from megadsl.tasks.registry import TASKS, task_class
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megadsl"
@@ -81,7 +82,11 @@ def config_fields(section: type[BaseModel], prefix: str = "") -> list[tuple[str,
     return found
 
 
-@pytest.mark.parametrize("key, name", config_fields(Config))
+# Options that several tasks share are one field.
+OPTIONS = config_fields(Config) + sorted({field for task in TASKS for field in config_fields(task_class(task).Options, "task.")})
+
+
+@pytest.mark.parametrize("key, name", OPTIONS)
 def test_every_option_is_read(key, name):
     """An attribute of the field's name is read somewhere (the section's own properties count)."""
     for path in FILES:

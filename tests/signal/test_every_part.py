@@ -66,7 +66,7 @@ def misses(draws: np.ndarray, expected: np.ndarray, gradient_slack: float) -> tu
 
 @pytest.mark.parametrize("number", range(COMBINATIONS))
 def test_plan_agrees_with_the_model(number, small_data, one_process):
-    from megadsl.schemes.run import plan_for_comparison, plan_for_run
+    from megadsl.tasks.planning import plan_for_comparison, plan_for_run
 
     sections = combination(number, small_data)
     config = parse_config(sections)

@@ -19,24 +19,23 @@ SEEDS = range(6)
 
 def measure(make_stack, small_data, scheme: str):
     """(measured forward variance [seed, sublayer], plan) of the demo's shape on 16 sequences of real text."""
-    from megadsl.data.dataset import check_datasets
-    from megadsl.data.objective import open_datasets
     from megadsl.data.sampler import MicroBatches
     from megadsl.model.init import initialize
     from megadsl.monitor.probes import StreamProbes
+    from megadsl.tasks.registry import task_of
 
     config = load_config(CONFIGS / "decoder-192.yaml", [
         f"scheme={scheme}", f"tokenizer.model={small_data.tokenizer}", f"data.datasets=[{small_data.dataset}]",
     ])
-    tokenizer = check_datasets(config)
-    stack, plan = make_stack(config, config.tokenizer.padded_vocab_size(tokenizer.vocab_size))
-    datasets = open_datasets(config, tokenizer.sha256)
-    tokens = next(MicroBatches(datasets.train, consumed_samples=0, micro_batch_size=16, global_batch_size=16))["tokens"]
+    task = task_of(config)
+    task.check()
+    stack, plan = make_stack(config, task.padded_output_size)
+    tokens = next(MicroBatches(task.splits(16).train, consumed_samples=0, micro_batch_size=16, global_batch_size=16))["tokens"]
     variances = []
     for seed in SEEDS:
         initialize(stack.canonical_parameters(), seed, 0, 1)
         with StreamProbes(stack) as probes, torch.no_grad():
-            stack(tokens)
+            stack({"tokens": tokens})
         variances.append(probes.read().forward_variance)
     return np.array(variances), plan
 

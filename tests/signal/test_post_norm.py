@@ -36,9 +36,8 @@ def test_stream_is_normalised_after_every_addition(family, make_stack):
             if name.endswith(("linear_proj.bias", "linear_fc2.bias")):
                 parameter.fill_(3.0)  # a branch far from unit variance and zero mean
     tokens = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(0))
-    stack(tokens if family == "decoder" else tuple(
-        {"tokentypes": torch.zeros_like(tokens), "source_segments": torch.ones_like(tokens)}.get(name, tokens)
-        for name in stack.definition.inputs))
+    given = {"tokentypes": torch.zeros_like(tokens), "source_segments": torch.ones_like(tokens)}
+    stack({name: given.get(name, tokens) for name in stack.definition.inputs})
     assert len(seen) == len(additions)
     for hidden in seen:
         torch.testing.assert_close(hidden.mean(-1), torch.zeros_like(hidden.mean(-1)), atol=1e-5, rtol=0)
@@ -51,7 +50,7 @@ def gradient_slope(scheme: str, small_data) -> tuple[float, float]:
     """(measured, planned) growth of the log gradient variance per layer, from layer 32 to 160 of a 192-layer encoder."""
     from megadsl.config.load import parse_config
     from megadsl.monitor.at_init import measure_at_init
-    from megadsl.schemes.run import plan_for_run
+    from megadsl.tasks.planning import plan_for_run
 
     config = parse_config({
         "model": {"family": "encoder", "norm_position": "post", "num_layers": 192, "hidden_size": 64, "num_attention_heads": 4,

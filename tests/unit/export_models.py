@@ -29,12 +29,12 @@ MODELS = {
 }
 
 
-def make_config(small_data, model: dict, scheme: str = "dslm", **data) -> Config:
+def make_config(small_data, model: dict, scheme: str = "dslm", **task) -> Config:
     if model.get("family") == "encoder_decoder" and model.get("position_embedding_type") != "relative":
-        data = {"denoising": "infilling", **data}
+        task = {"corruption": "infilling", **task}
     return parse_config({
         "model": model, "scheme": scheme, "tokenizer": {"model": str(small_data.tokenizer)},
-        "data": {"datasets": [str(small_data.dataset)], **data},
+        "data": {"datasets": [str(small_data.dataset)]}, "task": task,
     })
 
 
@@ -44,8 +44,8 @@ def make_subject(config: Config, make_stack, perturbed: bool = True, vocab_size:
     stack, plan = make_stack(config, vocab_size)
     if perturbed:
         perturb(stack)
-    return ExportSource(config, plan, stack.eval(), stack.definition.inputs, tokenizer, Path(config.tokenizer.model), vocab_size,
-                   {"Steps": "0", "Loss": "none"})
+    return ExportSource(config, plan, stack.eval(), stack.definition, stack.task.export_sample(), tokenizer, Path(config.tokenizer.model),
+                        vocab_size, {"Steps": "0", "Loss": "none"})
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from megadsl.checkpoint.store import CheckpointStore, open_checkpoint, write_sma
 from megadsl.checkpoint.weights import KINDS, TensorReader, read_weights, write_tensors
 from megadsl.config.load import parse_config
 from megadsl.errors import UserError
-from megadsl.schemes.run import plan_for_run
+from megadsl.tasks.planning import plan_for_run
+from megadsl.tasks.trained import entries_of_checkpoint
 
 CONFIG = parse_config({"model": {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}})
 INFO = CheckpointInfo(0, 0, 0, 3.5, 2, 1, 1, 1, 512, "hash", {"torch": "2"}, optimizer_steps=7)
@@ -33,11 +34,9 @@ def tensors(value: float):
 
 def commit(store: CheckpointStore, iteration: int, value: float = 1.0, keep_last: int = 2, keep_every: int = 0):
     staging = store.begin(iteration)
-    tokenizer = store.folder / "source.model"
-    tokenizer.write_bytes(b"a tokenizer")
     files, error = write_tensors(staging, "rank-00000", tensors(value), file_bytes=300)
     assert error is None
-    files |= write_small_files(staging, CONFIG, plan_for_run(CONFIG), tokenizer)
+    files |= write_small_files(staging, CONFIG, plan_for_run(CONFIG), {"tokenizer.model": b"a tokenizer", "labels.json": b"[]"})
     final = store.commit(replace(INFO, iteration=iteration, consumed_samples=8 * iteration), files)
     store.prune(iteration, keep_last, keep_every)
     return final
@@ -57,6 +56,7 @@ def test_round_trip(tmp_path):
         assert checkpoint.info.iteration == 20 and checkpoint.info.consumed_samples == 160
         assert checkpoint.config() == CONFIG and checkpoint.plan() == plan_for_run(CONFIG)
         assert checkpoint.tokenizer.read_bytes() == b"a tokenizer"
+        assert checkpoint.task_files() == {"tokenizer.model": b"a tokenizer", "labels.json": b"[]"}
     assert len(list((checkpoint.path / "weights").glob("*"))) == 2, "files are of bounded size"
     for index, (name, tensor) in enumerate(read_weights(checkpoint.path)):
         assert name == NAMES[index] and torch.equal(tensor, torch.full((8, 4), 20.0 + index))
@@ -84,6 +84,7 @@ def test_pruning(tmp_path):
     (lambda path: (path / "manifest.json").write_text("[" * 100_000), "not JSON"),
     (lambda path: (path / "plan.json").write_text("{" + (path / "plan.json").read_text()[1:-1] + " "), "plan.json does not fit"),
     (lambda path: (path / "tokenizer.model").unlink(), "tokenizer.model is missing"),
+    (lambda path: (path / "labels.json").write_bytes(b"[1"), "labels.json"),
     (lambda path: next((path / "exp_avg").glob("*")).write_bytes(b""), "0 bytes instead of"),
 ])
 def test_what_is_damaged_does_not_exist_and_is_named(tmp_path, damage, named):
@@ -145,7 +146,7 @@ def test_diff_orders_by_relative_difference(tmp_path):
 
 def test_reshape_cuts_by_stages_and_keeps_every_tensor(tmp_path):
     source = commit(CheckpointStore(tmp_path), 10)
-    output = reshape(source, tmp_path / "out", tensor=2, pipeline=2)
+    output = reshape(source, tmp_path / "out", entries_of_checkpoint, tensor=2, pipeline=2)
     checkpoint = open_checkpoint(output)
     assert (checkpoint.info.tensor, checkpoint.info.pipeline, checkpoint.info.zero_stage) == (2, 2, 1)
     assert checkpoint.config().parallel.tensor_model_parallel_size == 2 and not damaged_files(output, checkpoint.manifest)
@@ -155,7 +156,7 @@ def test_reshape_cuts_by_stages_and_keeps_every_tensor(tmp_path):
         for kind in KINDS:
             assert all(torch.equal(before.tensor(kind, name), after.tensor(kind, name)) for name in NAMES)
     with pytest.raises(UserError, match="num_attention_heads 2 is not divisible"):
-        reshape(source, tmp_path / "other", tensor=3, pipeline=1)
+        reshape(source, tmp_path / "other", entries_of_checkpoint, tensor=3, pipeline=1)
 
 
 def test_a_reader_holds_no_more_than_it_is_asked_for(tmp_path):

@@ -56,6 +56,8 @@ MISTAKES = {
     "heads and hidden size": (["model.hidden_size=30"], ["hidden_size 30", "num_attention_heads"]),
     "query groups": (["model.num_query_groups=3"], ["num_query_groups 3"]),
     "learning rates": (["optimizer.min_lr=1"], ["optimizer", "min_lr"]),
+    "moved to section task": (["data.prefix_lm=true"], ["Unknown key data.prefix_lm; it is task.prefix_lm now."]),
+    "moved and renamed": (["data.denoising=infilling"], ["Unknown key data.denoising; it is task.corruption now."]),
     "no override": (["model.num_layers"], ["section.key=value"]),
 }
 
@@ -113,6 +115,8 @@ def test_command_line_exits_with_2_before_any_process_group(small_data, tmp_path
         (f"tokenizer.model={foreign}",): "another tokenizer",
         ("model.num_tokentypes=2",): "model.num_tokentypes",
         ("scheme=dslmm",): "did you mean dslm",
+        ("task.masking_probability=0.2",): "task.masking_probability is an option of masked_language_modeling",
+        ("data.prefix_lm=true",): "it is task.prefix_lm now",
         (f"training.run_dir={small_data.tokenizer}",): "training.run_dir",
         ("training.device=cuda",): "no GPU",
     }

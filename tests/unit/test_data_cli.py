@@ -69,19 +69,19 @@ def test_tools_are_the_same_commands(tmp_path, script, verb):
 
 def test_show_prints_what_is_read_and_what_is_predicted(small_data, tmp_path):
     model = {"family": "encoder", "num_tokentypes": 2, "seq_length": 64}
-    save_config(small_data.config(tmp_path, model=model, data={"sentence_order": True}), tmp_path / "run.yaml")
+    save_config(small_data.config(tmp_path, model=model, task={"sentence_order": True}), tmp_path / "run.yaml")
     shown = CliRunner().invoke(app, ["data", "show", str(tmp_path / "run.yaml"), "--samples", "3"]).stdout
     assert shown.startswith("masked tokens, 15% as pieces, and the order of two halves | train: ")
     samples = re.split(r"\nsample \d: 9 of 64 labels count\n", shown)[1:]
     assert len(samples) == 3
     for sample in samples:
         rows = dict(re.findall(r"^(\w+) +(.*?) *$", re.sub(r"\n +", " ", sample), flags=re.MULTILINE))
-        assert list(rows) == ["tokens", "labels", "tokentypes", "sentence_order"] and rows["sentence_order"] in ("0", "1")
+        assert list(rows) == ["tokens", "tokentypes", "labels", "sentence_order"] and rows["sentence_order"] in ("0", "1")
         assert rows["tokens"].startswith("<cls> ") and rows["tokens"].endswith(" <sep>") and rows["tokens"].count("<sep>") == 2
         marked = re.findall(r"\u00ab\S+\u00bb(?: \u00d7(\d+))?", rows["tokens"])
         assert sum(int(times or 1) for times in marked) == 9 == len(rows["labels"].replace("\u2026", "").split())
-    options = ["model.family=encoder_decoder", "model.num_tokentypes=0", "data.sentence_order=false"]
-    shown = CliRunner().invoke(app, ["data", "show", str(tmp_path / "run.yaml"), *options, "--split", "validation"]).stdout
+    save_config(small_data.config(tmp_path, model={"family": "encoder_decoder", "seq_length": 64}), tmp_path / "pairs.yaml")
+    shown = CliRunner().invoke(app, ["data", "show", str(tmp_path / "pairs.yaml"), "--split", "validation"]).stdout
     assert "span corruption, 15% in spans of 3 on average | validation: " in shown
     assert shown.count("<extra_id_0>") == 2 * 3 and shown.count("source_tokens") == 2, "source, target_tokens and labels have it"
     assert shown.endswith("\n78% of every target is padding; model.decoder_seq_length=14 is enough.\n")

@@ -5,9 +5,9 @@ import torch
 
 from export_models import MODELS, make_config, make_subject
 from megadsl.checkpoint.fold import fold, folding, unfold
-from megadsl.model.definition import define_model
 from megadsl.model.stack import SequentialModel
-from megadsl.schemes.run import plan_for_comparison
+from megadsl.tasks.planning import plan_for_comparison
+from megadsl.tasks.registry import task_of
 
 POST = {"norm_position": "post"}
 DECODER = {**MODELS["GPT2LMHeadModel"], "layernorm_epsilon": 1e-5}
@@ -27,8 +27,8 @@ CASES = {
 
 def plain_stack(config, weights, folded, vocab_size, with_epsilons):
     """The same model under `vanilla`, where every lambda and beta is 1, filled with plain weights."""
-    definition = define_model(config, plan_for_comparison(config, "vanilla"), vocab_size)
-    stack = SequentialModel(definition.entries, definition.loss).double().eval()
+    definition = task_of(config).define_model(plan_for_comparison(config, "vanilla"), vocab_size)
+    stack = SequentialModel(definition.entries).double().eval()
     with torch.no_grad():
         for name, parameter in stack.canonical_parameters():
             parameter.copy_(weights.pop(name))
@@ -48,16 +48,15 @@ def test_folded_is_the_same_function(case, small_data, make_stack):
     model, scheme = CASES[case]
     config = make_config(small_data, model, scheme)
     source = make_subject(config, make_stack)
-    source.stack.double()
-    sample = source.sample()
+    source.network.double()
+    sample = source.sample
     expected = source.logits(sample)
     folded = folding(source.plan, config.model)
 
     def error(with_epsilons: bool) -> float:
         stack = plain_stack(config, dict(fold(source.weights, folded)), folded, 640, with_epsilons)
-        inputs = tuple(sample[name] for name in source.inputs if name in sample)
         with torch.inference_mode():
-            value = stack(inputs[0] if len(inputs) == 1 else inputs)
+            value = stack(source.definition.inputs_of(sample))["logits"]
         return ((value.transpose(0, 1)[..., :512] - expected).abs().max() / expected.abs().max()).item()
 
     assert error(with_epsilons=True) < 1e-12

@@ -25,7 +25,7 @@ def test_cache_gives_the_logits_of_a_full_forward_pass(model):
     cache = KeyValueCache(3, 32)
     cached = [next_token_logits(model, tokens[:, :12], cache)]
     cached += [next_token_logits(model, tokens[:, index:index + 1], cache) for index in range(12, 20)]
-    full = model.stack(tokens)[11:]  # [s, b, v]
+    full = model({"tokens": tokens})["logits"][11:]  # [s, b, v]
     torch.testing.assert_close(torch.stack(cached), full, rtol=1e-4, atol=1e-5)
 
 
@@ -65,10 +65,10 @@ def test_generation_is_repeatable_and_bounded(model):
 def test_stops_at_end_of_document(model):
     with torch.no_grad():
         # A head that always answers end-of-document: its row is the final norm's constant output direction.
-        norm = next(call for entry, call in model.stack.calls() if entry.name == "final_norm").layer
+        norm = next(call for entry, call in model.network.calls() if entry.name == "final_norm").layer
         norm.weight.zero_()
         norm.bias.copy_(torch.ones_like(norm.bias))
-        word = next(call for entry, call in model.stack.calls() if entry.name == "embedding.word")
+        word = next(call for entry, call in model.network.calls() if entry.name == "embedding.word")
         word.weight[model.tokenizer.eod] = 10.0
     assert generate(model, "import ", 20, Sampling(temperature=0)) == [""]
 

@@ -63,7 +63,7 @@ def test_packed_documents_are_as_if_alone(make_stack, family, positions):
     shape = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "family": family,
              "position_embedding_type": positions}
     options = {"reset_attention_mask": True, "reset_position_ids": positions == "learned_absolute"}
-    stack, _ = make_stack(parse_config({"model": shape, "data": options}))
+    stack, _ = make_stack(parse_config({"model": shape, "task": options}))
     stack.eval()
     with torch.no_grad():
         for name, parameter in stack.canonical_parameters():
@@ -72,8 +72,8 @@ def test_packed_documents_are_as_if_alone(make_stack, family, positions):
     tokens = torch.randint(5, 512, (1, 16), generator=torch.Generator().manual_seed(1))
     segments = torch.tensor([[1] * 6 + [2] * 8 + [0] * 2])
     with torch.no_grad():
-        packed = stack((tokens, segments))
+        packed = stack({"tokens": tokens, "segments": segments})["logits"]
         for start, end in ((0, 6), (6, 14)):
-            alone = stack(tokens[:, start:end].contiguous())
+            alone = stack({"tokens": tokens[:, start:end].contiguous()})["logits"]
             torch.testing.assert_close(packed[start:end], alone, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(stack(tokens)[6:14], packed[6:14], atol=1e-3)
+        assert not torch.allclose(stack({"tokens": tokens})["logits"][6:14], packed[6:14], atol=1e-3)

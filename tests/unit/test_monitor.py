@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from losses import mean_loss
 
 from megadsl.config.load import parse_config
 from megadsl.config.model import ModelConfig
+from megadsl.model.flops import forward_flops
 from megadsl.monitor.probes import StreamProbes
 from megadsl.monitor.progress import LogRecord, Progress, duration
-from megadsl.monitor.throughput import forward_flops
 from megadsl.monitor.writer import MetricsWriter
 
 SHAPE = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16}
@@ -39,12 +40,12 @@ def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
 
 
 def test_log_line_says_everything(capsys):
-    record = LogRecord(7, 100, 3.25, 1e-3, 0.5, 12345.6, 1.5, 3 * 2**30, 3723.0, skipped=2)
+    record = LogRecord(7, 100, 3.25, 1e-3, 0.5, 12345.6, 0.25, 1.5, 3 * 2**30, 3723.0, skipped=2)
     with Progress(100, 0, enabled=True) as progress:
         progress.log(record.text())
     line = capsys.readouterr().out
     for part in ("iteration   7/100", "loss 3.2500", "lr 1.000e-03", "grad norm 0.500", "12,346 tokens/s", "1.5 TFLOP/s",
-                 "peak memory 3.00 GiB", "ETA 1:02:03", "skipped 2"):
+                 "peak memory 3.00 GiB", "ETA 1:02:03", "padding 25.0%", "skipped 2"):
         assert part in line
     assert line.count("\n") == 1
     with Progress(100, 0, enabled=False) as progress:
@@ -57,48 +58,49 @@ def test_duration():
 
 
 @pytest.mark.parametrize("parts", [{}, {"activation": "swiglu"}, {"num_query_groups": 2}, {"ffn_hidden_size": 80, "kv_channels": 16}])
-def test_flops_agree_with_torchs_counter(make_stack, parts):
+def test_flops_agree_with_torchs_counter(small_data, make_stack, parts):
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = parse_config({"model": SHAPE | parts})
+    config = parse_config({"model": SHAPE | parts, "tokenizer": {"model": str(small_data.tokenizer)}})
     stack, _ = make_stack(config)
     # The CPU's fused attention kernel is not counted by torch; the plain one is.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        stack(torch.zeros(2, 16, dtype=torch.long))
+        stack({"tokens": torch.zeros(2, 16, dtype=torch.long)})
     model: ModelConfig = config.model
     # torch counts the whole score matrix of a causal attention, we the half that is used.
     unused_half = 2.0 * model.num_layers * 2 * model.num_attention_heads * model.head_dim * model.seq_length / 2
-    assert counter.get_total_flops() / 2 == pytest.approx(forward_flops(model, 512) + 16 * unused_half, rel=1e-9)
+    assert counter.get_total_flops() / 2 == pytest.approx(forward_flops(model, stack.task.head_multiplications()) + 16 * unused_half, rel=1e-9)
 
 
 @pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
-def test_flops_of_the_other_families(make_stack, family):
+def test_flops_of_the_other_families(small_data, make_stack, family):
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = parse_config({"model": SHAPE | {"family": family, "decoder_seq_length": 8}})
+    model = SHAPE | {"family": family, "decoder_seq_length": 8}
+    config = parse_config({"model": model, "tokenizer": {"model": str(small_data.tokenizer)}})
     stack, _ = make_stack(config)
     model, tokens = config.model, torch.zeros(2, 16, dtype=torch.long)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        stack(tokens if family == "encoder" else (tokens, tokens[:, :8]))
+        stack({"tokens": tokens} if family == "encoder" else {"source_tokens": tokens, "target_tokens": tokens[:, :8]})
     # Only the decoder's self-attention is causal: half of its 8 x 8 scores are not used.
     unused = 0.0 if family == "encoder" else 2.0 * model.decoder_layers * 2 * model.hidden_size * 8 * 8 / 2
-    assert counter.get_total_flops() / 2 == pytest.approx(forward_flops(model, 512) + unused, rel=1e-9)
+    assert counter.get_total_flops() / 2 == pytest.approx(forward_flops(model, stack.task.head_multiplications()) + unused, rel=1e-9)
 
 
 def test_probes_measure_the_stream_and_its_gradient(make_stack):
     stack, _ = make_stack(parse_config({"model": SHAPE}))
     tokens = torch.randint(0, 512, (4, 17), generator=torch.Generator().manual_seed(1))
-    inputs, targets = tokens[:, :-1].contiguous(), (tokens[:, 1:].contiguous(), torch.ones(4, 16))
-    loss = stack(inputs, targets)
+    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": torch.ones(4, 16)}
+    loss = mean_loss(stack, batch)
     loss.backward()
     plain = {name: parameter.grad.clone() for name, parameter in stack.canonical_parameters()}
     stack.zero_grad()
     caught = {}
     norm = next(call for entry, call in stack.calls() if entry.name == "final_norm")
-    norm.register_forward_pre_hook(lambda module, arguments: caught.setdefault("hidden", arguments[0]).retain_grad())
+    norm.register_forward_pre_hook(lambda module, arguments: caught.setdefault("hidden", arguments[0].hidden).retain_grad())
     with StreamProbes(stack) as probes:
-        assert torch.equal(stack(inputs, targets), loss)
-        stack(inputs, targets).backward()
+        assert torch.equal(mean_loss(stack, batch), loss)
+        mean_loss(stack, batch).backward()
     moments = probes.read()
     assert len(moments.forward_variance) == 2 * 3
     hidden = caught["hidden"].detach()  # [s, b, h], the stream after the last sublayer
@@ -110,5 +112,5 @@ def test_probes_measure_the_stream_and_its_gradient(make_stack):
     for name, parameter in stack.canonical_parameters():
         assert torch.equal(parameter.grad, plain[name]), "probes must not change a gradient"
     with torch.no_grad():
-        stack(inputs)
+        stack({"tokens": batch["tokens"]})
     assert probes.read() == moments, "closed probes measure nothing"

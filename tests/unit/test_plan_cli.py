@@ -71,7 +71,7 @@ def test_one_scheme_shows_what_is_special_about_it(config):
 
 def test_an_encoder_reads_masked_text(config):
     shape = ("model.family=encoder", "model.position_embedding_type=none", "--json")
-    often, seldom = (SignalPlan.from_json(run(config, f"data.masking_probability={share}", *shape)) for share in (0.5, 0.01))
+    often, seldom = (SignalPlan.from_json(run(config, f"task.masking_probability={share}", *shape)) for share in (0.5, 0.01))
     # .16 of the pairs are two masks, .55^2 two kept words.
     assert often.embedding.correlation == pytest.approx(0.16 + 0.3025 * seldom.embedding.correlation, abs=1e-3)
     assert often.final.gradient_correlation > 20.0 * seldom.final.gradient_correlation
@@ -79,7 +79,7 @@ def test_an_encoder_reads_masked_text(config):
 
 def test_token_types_are_one_unless_there_are_two_parts(config):
     shape = ("model.family=encoder", "model.position_embedding_type=none", "model.num_tokentypes=2", "--json")
-    one, two = (SignalPlan.from_json(run(config, f"data.sentence_order={on}", *shape)) for on in ("false", "true"))
+    one, two = (SignalPlan.from_json(run(config, f"task.sentence_order={on}", *shape)) for on in ("false", "true"))
     assert one.embedding.correlation - two.embedding.correlation == pytest.approx(0.5 * (1.0 - 13.0 / 24.0), abs=1e-6)
 
 

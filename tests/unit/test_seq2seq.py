@@ -10,42 +10,44 @@ import torch
 
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
-from megadsl.inference.batches import objective_batches
-from megadsl.inference.denoising import count_exact_spans, evaluate_denoising
 from megadsl.inference.load import TrainedModel
-from megadsl.inference.masked import evaluate_masked
 from megadsl.inference.sampling import Sampling
 from megadsl.inference.seq2seq import Decoding, beam_search, decode_marked, encode_marked, generate_target
+from megadsl.tasks.language.denoising import exact_spans
+from megadsl.tasks.language.samples import StreamSamples
+from megadsl.tasks.language.texts import tokens_of_text
+from megadsl.tasks.registry import task_of
+from megadsl.tasks.task import EvaluationRequest
 
 ENCODER_DECODER = {"family": "encoder_decoder", "num_layers": 2, "decoder_seq_length": 12}
 
 
 @pytest.fixture
 def build(small_data, make_stack, tmp_path):
-    def make(model: dict, data: dict | None = None) -> TrainedModel:
-        config = small_data.config(tmp_path, model=model, data=data or {})
+    def make(model: dict, task: dict | None = None) -> TrainedModel:
+        config = small_data.config(tmp_path, model=model, task=task or {})
         stack, _ = make_stack(config)
         return TrainedModel(config, stack.definition, stack.eval(), Tokenizer.load(small_data.tokenizer), torch.device("cpu"))
 
     return make
 
 
-@pytest.mark.parametrize("model, data", [
+@pytest.mark.parametrize("model, task", [
     ({"position_embedding_type": "relative"}, {}), ({"position_embedding_type": "rope", "num_query_groups": 2}, {}),
-    ({"decoder_seq_length": 32}, {"denoising": "infilling"}),
+    ({"decoder_seq_length": 32}, {"corruption": "infilling"}),
 ])
 @torch.inference_mode()
-def test_decoding_step_by_step_gives_the_logits_of_a_full_pass(build, model, data):
-    trained = build(ENCODER_DECODER | model, data)
-    for name, parameter in trained.stack.canonical_parameters():
+def test_decoding_step_by_step_gives_the_logits_of_a_full_pass(build, model, task):
+    trained = build(ENCODER_DECODER | model, task)
+    for name, parameter in trained.network.canonical_parameters():
         if "relative_attention_bias" in name:
             parameter.normal_(generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(0)
     source, target = torch.randint(5, 512, (1, 20), generator=generator), torch.randint(5, 512, (3, 9), generator=generator)
     decoding = Decoding(trained, source[0].tolist(), 3)
     steps = torch.stack([decoding.next_logits(target[:, index:index + 1]) for index in range(9)])
-    inputs = (source.expand(3, -1), target, *([torch.ones(3, 20, dtype=torch.long)] if data else []))
-    torch.testing.assert_close(steps, trained.stack(inputs), rtol=1e-4, atol=1e-5)
+    inputs = {"source_tokens": source.expand(3, -1), "target_tokens": target, "source_segments": torch.ones(3, 20, dtype=torch.long)}
+    torch.testing.assert_close(steps, trained(inputs)["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_beam_search_finds_the_best_of_all_targets(build):
@@ -58,7 +60,8 @@ def test_beam_search_finds_the_best_of_all_targets(build):
         for length in range(steps + 1):
             for row in itertools.product(range(4), repeat=length):
                 targets = [*row, end] if length < steps else list(row)
-                logits = trained.stack((torch.tensor([source]), torch.tensor([[2, *targets[:-1]]])))[:, 0, :vocabulary]
+                read = {"source_tokens": torch.tensor([source]), "target_tokens": torch.tensor([[2, *targets[:-1]]])}
+                logits = trained(read)["logits"][:, 0, :vocabulary]
                 chosen = logits.log_softmax(-1)[torch.arange(len(targets)), targets]
                 scores[row] = float(chosen.mean())
     best = sorted(scores, key=scores.get, reverse=True)
@@ -93,41 +96,62 @@ def test_marks_survive_a_round_trip(small_data):
 def test_exact_spans_are_counted():
     span = torch.tensor([[0, 1, 1, 0, 2, 2], [0, 0, 1, 2, 0, 3]])
     right = torch.tensor([[False, True, True, False, True, False], [True, True, False, True, False, True]])
-    assert count_exact_spans(right, span) == (3, 5)
-    assert count_exact_spans(torch.ones_like(right), span) == (5, 5)
+    assert exact_spans(right, span) == (3, 5)
+    assert exact_spans(torch.ones_like(right), span) == (5, 5)
 
 
-def stream(trained: TrainedModel, count: int = 600) -> np.ndarray:
-    return np.random.RandomState(0).choice(np.flatnonzero(trained.tokenizer.is_text), count)
+@pytest.fixture
+def text(small_data, tmp_path) -> str:
+    """A file of random pieces, which no model can know anything of."""
+    tokenizer = Tokenizer.load(small_data.tokenizer)
+    ids = np.random.RandomState(0).choice(np.flatnonzero(tokenizer.is_text), 600)
+    (tmp_path / "random.txt").write_text(tokenizer.decode(ids.tolist()), encoding="utf-8")
+    return str(tmp_path / "random.txt")
 
 
-def test_evaluation_of_an_encoder(build):
+def evaluated(trained: TrainedModel, data: str, samples: int, **request) -> dict:
+    """What `megadsl evaluate` finds with forward passes of so many samples."""
+    task = task_of(trained.config)
+    return task.evaluate(trained, EvaluationRequest(data, batch_tokens=samples * task.positions_per_sample, **request))
+
+
+def test_evaluation_of_an_encoder(build, text, tmp_path):
     trained = build({"family": "encoder", "num_tokentypes": 2}, {"sentence_order": True})
-    tokens = stream(trained)
-    result = evaluate_masked(trained, tokens, 4, pseudo_tokens=40)
+    task = task_of(trained.config)
+    result = evaluated(trained, text, 4, pseudo_tokens=40)
     # An untrained model knows nothing: near uniform over 512 pieces, whose logits have variance 1.
-    assert result.masked_loss == pytest.approx(math.log(512) + 0.5, abs=0.5) and result.masked_accuracy < 0.1
-    assert result.pseudo_perplexity_tokens == 40 and math.log(result.pseudo_perplexity) == pytest.approx(math.log(512) + 0.5, abs=0.8)
-    assert 0 <= result.sentence_order_accuracy <= 1 and "pseudo-perplexity" in result.text()
+    assert result["masked_loss"] == pytest.approx(math.log(512) + 0.5, abs=0.5) and result["masked_accuracy"] < 0.1
+    assert result["pseudo_perplexity_tokens"] == 40
+    assert math.log(result["pseudo_perplexity"]) == pytest.approx(math.log(512) + 0.5, abs=0.8)
+    assert 0 <= result["sentence_order_accuracy"] <= 1 and "pseudo-perplexity" in task.describe_results(result)
     # Pseudo-perplexity of the first token by hand: it alone is masked.
-    batch = next(objective_batches(trained, tokens, 1, 0))
-    masked = batch["labels"].clone()
-    masked[0, 1] = trained.tokenizer.mask
+    tokens, _ = tokens_of_text(text, trained.tokenizer)
+    sample = StreamSamples(tokens[:task.window.length], task.objective(), task.window.length)[0]
+    masked = sample["labels"].clone()
+    first = int(np.flatnonzero(trained.tokenizer.is_text[masked.numpy()])[0])
+    masked[first] = trained.tokenizer.mask
     with torch.inference_mode():
-        logits = trained.stack(trained.definition.split({**batch, "tokens": masked})[0])[0]
-    by_hand = -logits[1, 0].log_softmax(-1)[batch["labels"][0, 1]]
-    assert math.log(evaluate_masked(trained, tokens, 4, pseudo_tokens=1).pseudo_perplexity) == pytest.approx(float(by_hand), rel=1e-5)
-    # Predicting what stands there is always right where nothing is masked away: a model cannot do it, this count can.
-    assert evaluate_masked(trained, tokens, 4, pseudo_tokens=0) == evaluate_masked(trained, tokens, 3, pseudo_tokens=0)
+        logits = trained(task.collate([{**sample, "tokens": masked}]))["logits"]
+    by_hand = -logits[first, 0].log_softmax(-1)[sample["labels"][first]]
+    (tmp_path / "window.txt").write_text(trained.tokenizer.decode(tokens[:task.window.length].tolist()), encoding="utf-8")
+    assert np.array_equal(tokens_of_text(str(tmp_path / "window.txt"), trained.tokenizer)[0][:-1], tokens[:task.window.length])
+    alone = evaluated(trained, str(tmp_path / "window.txt"), 4, pseudo_tokens=1)["pseudo_perplexity"]
+    assert math.log(alone) == pytest.approx(float(by_hand), rel=1e-5)
+    # How many samples a forward pass takes makes no difference.
+    four, three = (evaluated(trained, text, samples, pseudo_tokens=0) for samples in (4, 3))
+    # A product with two columns is rounded otherwise for another number of rows.
+    assert four.pop("sentence_order_loss") == pytest.approx(three.pop("sentence_order_loss"), rel=1e-6)
+    assert four == three
+    (tmp_path / "short.txt").write_text("x")
     with pytest.raises(UserError, match="give more text"):
-        evaluate_masked(trained, tokens[:5], 4)
+        evaluated(trained, str(tmp_path / "short.txt"), 4)
 
 
-@pytest.mark.parametrize("model, data", [({}, {}), ({"decoder_seq_length": 32}, {"denoising": "infilling"})])
-def test_evaluation_of_an_encoder_decoder(build, model, data):
-    trained = build(ENCODER_DECODER | model, data)
-    tokens = stream(trained)
-    result = evaluate_denoising(trained, tokens, 4)
-    assert result.loss == pytest.approx(math.log(512) + 0.5, abs=0.5) and result.perplexity == pytest.approx(math.exp(result.loss))
-    assert result.spans > 20 and result.exact_span_accuracy < 0.1
-    assert result.loss == pytest.approx(evaluate_denoising(trained, tokens, 7).loss, rel=1e-6)
+@pytest.mark.parametrize("model, task", [({}, {}), ({"decoder_seq_length": 32}, {"corruption": "infilling"})])
+def test_evaluation_of_an_encoder_decoder(build, text, model, task):
+    trained = build(ENCODER_DECODER | model, task)
+    result = evaluated(trained, text, 4)
+    assert result["loss"] == pytest.approx(math.log(512) + 0.5, abs=0.5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["spans"] > 20 and result["exact_span_accuracy"] < 0.1
+    assert result["loss"] == pytest.approx(evaluated(trained, text, 7)["loss"], rel=1e-6)

@@ -120,7 +120,7 @@ class MaskedLanguageModeling(LanguageTask):
             return parts
         import torch.nn.functional as F
 
-        return (*parts, F.cross_entropy(output["order_logits"].float(), targets["sentence_order"], reduction="sum"))
+        return (*parts, F.cross_entropy(output["order_logits"].float(), targets["sentence_order"], reduction="none").double().sum())
 
     def metrics(self, output: "Activations", targets: Batch) -> Sequence[Sum]:
         from megadsl.model.loss import likeliest_tokens

@@ -134,7 +134,8 @@ class LanguageTask(Task):
     def loss(self, output: "Activations", targets: Batch) -> "Sequence[torch.Tensor]":
         from megadsl.model.loss import token_losses
 
-        return ((token_losses(output["logits"], targets["labels"]) * targets["loss_mask"]).sum(),)
+        # Added in fp64: what is evaluated does not depend on how many samples a forward pass takes.
+        return ((token_losses(output["logits"], targets["labels"]) * targets["loss_mask"]).double().sum(),)
 
     def extent(self, batch: Batch) -> Extent:
         positions = len(batch["labels"]) * self.positions_per_sample
@@ -155,7 +156,8 @@ class LanguageTask(Task):
 
     def evaluation_text(self, request: EvaluationRequest) -> "tuple[np.ndarray, int]":
         """(token ids, bytes of text) of what `megadsl evaluate --data` names: a dataset's split, or text."""
-        from megadsl.tasks.language.texts import tokens_of_split, tokens_of_text
+        from megadsl.data.split_tokens import tokens_of_split
+        from megadsl.tasks.language.texts import tokens_of_text
 
         if request.data is None:
             raise UserError("Name the text to evaluate on: --data DIR (a dataset folder), a file, a folder or python-stdlib.")

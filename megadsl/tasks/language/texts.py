@@ -1,34 +1,18 @@
-"""Text to evaluate on: all tokens of a text or of a dataset's split as one stream, and rows to compare an exported model on."""
+"""Text to evaluate on: all tokens of a text as one stream, and rows to compare an exported model on."""
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core)
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megadsl.data.dataset import load_dataset
 from megadsl.data.sources import Report, find_files, read_documents
 from megadsl.data.tokenizer import Tokenizer
-from megadsl.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 EXPORT_TOKENS = 256
-
-
-def tokens_of_split(folder: Path, split: str, tokenizer_sha256: str) -> tuple[np.ndarray, int]:
-    """(all token ids of a split, bytes of text they stand for) of a dataset folder."""
-    manifest = load_dataset(folder, tokenizer_sha256)
-    if split not in manifest["splits"]:
-        raise UserError(f"{folder} has no split '{split}'; it has {', '.join(manifest['splits'])}.")
-    if not manifest["splits"][split]["tokens"]:
-        raise UserError(f"The split '{split}' of {folder} is empty; choose another split.")
-    indexed = IndexedDataset(str(folder / split))
-    parts = [np.asarray(indexed[index], dtype=np.int64) for index in range(len(indexed))]
-    return (np.concatenate(parts) if parts else np.empty(0, np.int64)), manifest["splits"][split]["text_bytes"]
 
 
 def tokens_of_text(source: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:

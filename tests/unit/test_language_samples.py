@@ -9,13 +9,12 @@ import torch
 from ranks import run_ranks
 from small_data import make_corpus, make_dataset, make_tokenizer, run_config
 
-from megadsl.data.dataset import check_datasets, load_dataset
-from megadsl.data.lengths import Window
-from megadsl.data.objective import open_datasets
+from megadsl.data.dataset import Window, load_dataset
 from megadsl.data.preprocess import preprocess
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.data.windows import Windows
 from megadsl.errors import UserError
+from megadsl.tasks.registry import task_of
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def open_run(config):
-    return open_datasets(config, check_datasets(config).sha256)
+def open_run(config, train_samples=None):
+    task = task_of(config)
+    task.check()
+    return task.splits(config.training.train_iters * config.training.global_batch_size if train_samples is None else train_samples)
 
 
 def tokens(dataset, indices):
@@ -121,16 +122,16 @@ def test_wrong_datasets_are_refused_with_a_sentence(folder, tmp_path):
     values = run_config(folder).model_dump()
     for words, change in refused.items():
         with pytest.raises(UserError, match=words):
-            check_datasets(type(run_config(folder)).model_validate(values | change))
+            task_of(type(run_config(folder)).model_validate(values | change)).check()
     with pytest.raises(UserError, match="another tokenizer"):
-        open_datasets(run_config(folder), Tokenizer.load(other).sha256)
+        task_of(type(run_config(folder)).model_validate(values | {"tokenizer": {"model": str(other)}})).splits(8)
 
 
 def test_validation_is_not_asked_for_when_it_is_not_used(folder):
     tokens_of = {split: counts["tokens"] for split, counts in load_dataset(folder / "dataset")["splits"].items()}
     assert tokens_of["validation"] < 30_000 < tokens_of["train"]
     config = run_config(folder, eval_iters=0)
-    check_datasets(config.model_copy(update={"model": config.model.model_copy(update={"seq_length": 30_000})}))
+    task_of(config.model_copy(update={"model": config.model.model_copy(update={"seq_length": 30_000})})).check()
 
 
 def test_all_ranks_agree_without_talking(folder):
@@ -145,7 +146,7 @@ def test_a_resumed_blend_is_long_enough_and_keeps_its_order(folder):
     """A run that goes on with a smaller global batch has consumed more samples than train_iters times that batch."""
     datasets = ({"path": str(folder / "dataset"), "weight": 3}, {"path": str(folder / "dataset2")})
     config = run_config(folder, *datasets, train_iters=5)
-    longer = open_datasets(config, check_datasets(config).sha256, train_samples=400).train
+    longer = open_run(config, train_samples=400).train
     shorter = open_run(config).train
     assert (len(shorter), len(longer)) == (40, 400)
     assert all(torch.equal(longer[index]["tokens"], shorter[index]["tokens"]) for index in range(40))

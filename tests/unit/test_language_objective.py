@@ -5,13 +5,11 @@ import pytest
 import torch
 
 from megadsl.config.load import load_config, save_config
-from megadsl.data.causal import segments_of
-from megadsl.data.dataset import check_datasets
-from megadsl.data.keys import batch_keys
-from megadsl.data.objective import open_datasets
 from megadsl.data.sampler import MicroBatches
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
+from megadsl.tasks.language.causal_samples import segments_of
+from megadsl.tasks.registry import task_of
 
 PACKED = {"reset_attention_mask": True, "reset_position_ids": True}
 OBJECTIVES = {
@@ -20,17 +18,19 @@ OBJECTIVES = {
     "masked": ({"family": "encoder"}, PACKED),
     "whole words, order": ({"family": "encoder", "num_tokentypes": 2}, {"masking_do_full_word": True, "sentence_order": True}),
     "span corruption": ({"family": "encoder_decoder"}, {}),
-    "infilling": ({"family": "encoder_decoder"}, {"denoising": "infilling", "noise_density": 0.3}),
+    "infilling": ({"family": "encoder_decoder"}, {"corruption": "infilling", "noise_density": 0.3}),
 }
 
 
-def objective_config(small_data, name, seq_length=32, **data):
+def objective_config(small_data, name, seq_length=32, **task):
     model, options = OBJECTIVES[name]
-    return small_data.config(small_data.folder / "run", model=model | {"seq_length": seq_length}, data=options | data)
+    return small_data.config(small_data.folder / "run", model=model | {"seq_length": seq_length}, task=options | task)
 
 
 def open_train(config):
-    return open_datasets(config, check_datasets(config).sha256).train
+    task = task_of(config)
+    task.check()
+    return task.splits(config.training.train_iters * config.training.global_batch_size).train
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def tokenizer(small_data):
 def test_a_sample_holds_the_tensors_that_the_model_is_told_of(small_data, name):
     config = objective_config(small_data, name)
     sample = open_train(config)[5]
-    assert tuple(sample) == batch_keys(config)
+    task = task_of(config)
+    assert tuple(sample) == (*task.inputs, *task.targets)
     lengths = {"prefix_length": (), "sentence_order": ()}
     for key, tensor in sample.items():
         assert tensor.dtype == (torch.float32 if key == "loss_mask" else torch.int64)
@@ -138,31 +139,34 @@ REFUSED = [
     ("span corruption", ["model.decoder_seq_length=7"], r"seq_length 7 is too short .* set model.decoder_seq_length=8\.$"),
     ("infilling", ["model.decoder_seq_length=31"], r"seq_length 31 is too short .* set model.decoder_seq_length=32\.$"),
     ("span corruption", ["model.seq_length=1024"], r"needs 57 sentinels, .* has 32; .* --num-sentinels 57, or set"),
-    ("span corruption", ["data.noise_density=0.6", "data.mean_noise_span_length=1"], "too few tokens between the spans; lower"),
+    ("span corruption", ["task.noise_density=0.6", "task.mean_noise_span_length=1"], "too few tokens between the spans; lower"),
     ("span corruption", ["model.seq_length=2"], r"2 is too short for this objective; set model.seq_length to at least 3\.$"),
     ("masked", ["model.seq_length=3"], "at least 4"),
     ("whole words, order", ["model.seq_length=4"], "at least 5"),
     ("prefix", ["model.seq_length=1"], "at least 2"),
     ("whole words, order", ["model.num_tokentypes=0"], r"but model.num_tokentypes is 0; set model.num_tokentypes=2"),
-    ("whole words, order", ["data.reset_position_ids=true"], "sentence_order compares two halves .* switch one of them off"),
-    ("masked", ["data.prefix_lm=true"], "data.prefix_lm does not go with model.family encoder; it is an option of decoder"),
-    ("masked", ["data.denoising=infilling"], "denoising does not go with .* encoder; it is an option of encoder_decoder"),
-    ("span corruption", ["data.reset_attention_mask=true"], "does not go .* it is an option of decoder and encoder"),
-    ("causal", ["data.masking_do_full_word=true"], "masking_do_full_word does not go with model.family decoder"),
-    ("causal", ["data.masking_probability=0.3"], "masking_probability does not go with model.family decoder"),
-    ("causal", ["data.noise_density=0.3"], "noise_density does not go with model.family decoder"),
-    ("causal", ["model.num_tokentypes=2"], "num_tokentypes does not go with model.family decoder"),
-    ("causal", ["data.masking_probability=1"], "data.masking_probability"),
-    ("causal", ["data.denoising=bart"], "span_corruption"),
+    ("whole words, order", ["task.reset_position_ids=true"], "sentence_order compares two halves .* switch one of them off"),
+    ("masked", ["task.prefix_lm=true"],
+     r"task.prefix_lm is an option of causal_language_modeling, not of task.name masked_language_modeling; leave it away\.$"),
+    ("masked", ["task.corruption=infilling"], "task.corruption is an option of denoising, not of task.name masked_language_modeling"),
+    ("span corruption", ["task.reset_attention_mask=true"], "an option of causal_language_modeling and masked_language_modeling, not of task.name denoising"),
+    ("causal", ["task.masking_do_full_word=true"], "masking_do_full_word is an option of .*, not of task.name causal_language_modeling"),
+    ("causal", ["task.masking_probability=0.3"], "masking_probability is an option of .*, not of task.name causal_language_modeling"),
+    ("causal", ["task.noise_density=0.3"], "noise_density is an option of .*, not of task.name causal_language_modeling"),
+    ("causal", ["model.num_tokentypes=2"], "num_tokentypes does not go with task.name causal_language_modeling"),
+    ("masked", ["task.masking_probability=1"], "task.masking_probability: input should be less than 1"),
+    ("span corruption", ["task.corruption=bart"], "task.corruption: .*span_corruption"),
+    ("causal", ["task.corruption=bart"], "corruption is an option of denoising, not of"),
+    ("masked", ["task.masking_probabilty=0.2"], r"Unknown key task.masking_probabilty; did you mean task.masking_probability\?"),
 ]
 
 
 @pytest.mark.parametrize("name, overrides, words", REFUSED, ids=lambda value: value[0][:40] if isinstance(value, list) else "")
 def test_what_does_not_fit_is_one_sentence(small_data, tmp_path, name, overrides, words):
     save_config(objective_config(small_data, name), tmp_path / "run.yaml")
-    check_datasets(load_config(tmp_path / "run.yaml"))
+    task_of(load_config(tmp_path / "run.yaml")).check()
     with pytest.raises(UserError, match=words) as refusal:
-        check_datasets(load_config(tmp_path / "run.yaml", overrides))
+        task_of(load_config(tmp_path / "run.yaml", overrides)).check()
     assert "\n" not in str(refusal.value)
 
 

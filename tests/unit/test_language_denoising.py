@@ -6,19 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from megadsl.data.dataset import check_datasets
-from megadsl.data.lengths import raw_window, spans_of
-from megadsl.data.objective import objective_of, open_datasets
 from megadsl.data.tokenizer import Tokenizer
+from megadsl.tasks.language.lengths import spans_of
+from megadsl.tasks.registry import task_of
 
 SAMPLES = 300
 # source length, noise density, mean span length
 SHAPES = [(128, 0.15, 3.0), (100, 0.5, 3.0), (64, 0.3, 1.0), (128, 0.15, 10.0), (5, 0.15, 3.0)]
 
 
-def pair_config(small_data, seq_length=128, target_length=None, **data):
+def pair_config(small_data, seq_length=128, target_length=None, **task):
     model = {"family": "encoder_decoder", "seq_length": seq_length, "decoder_seq_length": target_length}
-    return small_data.config(small_data.folder / "run", model=model, data=data)
+    return small_data.config(small_data.folder / "run", model=model, task=task)
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +25,20 @@ def tokenizer(small_data):
     return Tokenizer.load(small_data.tokenizer)
 
 
+def open_train(config):
+    task = task_of(config)
+    task.check()
+    return task.splits(config.training.train_iters * config.training.global_batch_size).train
+
+
 def samples(config, tokenizer, count=SAMPLES):
     """(raw window, sample) pairs; the windows hold every text token about equally often, so that tokens can be told apart."""
-    objective, text = objective_of(config, tokenizer), np.flatnonzero(tokenizer.is_text)
+    task = task_of(config)
+    task.check_pieces()
+    objective, text = task.objective(), np.flatnonzero(tokenizer.is_text)
     for seed in range(count):
         rng = np.random.RandomState(seed)
-        window = text[rng.randint(len(text), size=raw_window(config).length)]
+        window = text[rng.randint(len(text), size=task.window.length)]
         yield window, objective(window, rng)
 
 
@@ -102,7 +109,7 @@ def test_every_cut_into_spans_is_equally_likely(small_data, tokenizer):
 @pytest.fixture(scope="module", params=[(0.3, 3.0), (0.3, 1.5), (0.6, 6.0)], ids=str)
 def infilled(small_data, tokenizer, request):
     density, mean = request.param
-    config = pair_config(small_data, denoising="infilling", noise_density=density, mean_noise_span_length=mean)
+    config = pair_config(small_data, corruption="infilling", noise_density=density, mean_noise_span_length=mean)
     return density, mean, list(samples(config, tokenizer))
 
 
@@ -156,8 +163,8 @@ def test_infilling_puts_its_spans_anywhere(infilled, tokenizer):
 
 
 def test_targets_differ_in_the_second_epoch(small_data):
-    config = pair_config(small_data, 1024, denoising="infilling", noise_density=0.3)
-    train = open_datasets(config, check_datasets(config).sha256).train
+    config = pair_config(small_data, 1024, corruption="infilling", noise_density=0.3)
+    train = open_train(config)
     n = train.samples_per_epoch
     epochs = [[train[index] for index in range(start, start + n)] for start in (0, n)]
     first, second = ({each["labels"].numpy().tobytes(): each["source_tokens"] for each in epoch} for epoch in epochs)
@@ -167,6 +174,6 @@ def test_targets_differ_in_the_second_epoch(small_data):
 def test_windows_of_a_stream_do_not_overlap(small_data):
     """Every token of an epoch is read once: the windows of both objectives are as many as fit into the split."""
     tokens = (small_data.dataset / "train.bin").stat().st_size // 2
-    for data, length in (({}, spans_of(128, 0.15, 3.0).length), ({"denoising": "infilling", "noise_density": 0.3}, 127)):
-        config = pair_config(small_data, **data)
-        assert open_datasets(config, check_datasets(config).sha256).train.samples_per_epoch == tokens // length
+    for options, length in (({}, spans_of(128, 0.15, 3.0).length), ({"corruption": "infilling", "noise_density": 0.3}, 127)):
+        config = pair_config(small_data, **options)
+        assert open_train(config).samples_per_epoch == tokens // length

@@ -6,23 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from megadsl.data.dataset import check_datasets
-from megadsl.data.objective import objective_of, open_datasets
 from megadsl.data.statistics import repeat_probability
 from megadsl.data.tokenizer import Tokenizer
+from megadsl.errors import UserError
+from megadsl.tasks.registry import task_of
 from megadsl.theory.inputs import TokenStatistics
 
 SAMPLES = 400
 
 
-def encoder_config(small_data, seq_length=128, num_tokentypes=0, **data):
+def encoder_config(small_data, seq_length=128, num_tokentypes=0, **task):
     model = {"family": "encoder", "seq_length": seq_length, "num_tokentypes": num_tokentypes}
-    return small_data.config(small_data.folder / "run", model=model, data=data)
+    return small_data.config(small_data.folder / "run", model=model, task=task)
+
+
+def open_train(config):
+    task = task_of(config)
+    task.check()
+    return task.splits(config.training.train_iters * config.training.global_batch_size).train
 
 
 def read(config, count=SAMPLES, start=0) -> dict[str, np.ndarray]:
     """Samples `start` to `start` + `count` of the train split, stacked: [count, s] or [count]."""
-    train = open_datasets(config, check_datasets(config).sha256).train
+    train = open_train(config)
     samples = [train[index] for index in range(start, start + count)]
     return {key: torch.stack([sample[key] for sample in samples]).numpy() for key in samples[0]}
 
@@ -109,7 +115,7 @@ def test_whole_words_are_whole_and_pieces_are_not(masked, tokenizer):
 def test_words_part_at_spaces_and_punctuation(small_data, tokenizer, text, parts):
     ids = np.array(tokenizer.encode(text))
     objectives = [
-        objective_of(encoder_config(small_data, len(ids) + 2, masking_do_full_word=True, masking_probability=share), tokenizer)
+        task_of(encoder_config(small_data, len(ids) + 2, masking_do_full_word=True, masking_probability=share)).objective()
         for share in (0.1, 0.3, 0.5, 0.8)
     ]
     chosen = np.array([each(ids, np.random.RandomState(seed))["loss_mask"][1:-1] for each in objectives for seed in range(50)])
@@ -126,7 +132,7 @@ def test_at_least_one_place_is_predicted(small_data):
 
 def test_a_sample_without_its_masks_is_the_window(small_data, tokenizer):
     config = encoder_config(small_data, seq_length=512)
-    train = open_datasets(config, check_datasets(config).sha256).train
+    train = open_train(config)
     labels = np.stack([train[index]["labels"].numpy() for index in range(train.samples_per_epoch)])
     assert (labels[:, 0] == tokenizer.cls).all() and (labels[:, -1] == tokenizer.sep).all()
     stream = np.fromfile(small_data.dataset / "train.bin", dtype=np.uint16)
@@ -160,7 +166,7 @@ def test_sentence_order_is_a_coin_and_both_orders_are_the_window(small_data, tok
 
 def test_the_second_epoch_masks_the_same_windows_anew(small_data):
     config = encoder_config(small_data, seq_length=1024)
-    n = open_datasets(config, check_datasets(config).sha256).train.samples_per_epoch
+    n = open_train(config).samples_per_epoch
     epochs = [read(config, n, start) for start in (0, n)]
     first, second = ({row.tobytes(): index for index, row in enumerate(epoch["labels"])} for epoch in epochs)
     assert first.keys() == second.keys()
@@ -171,17 +177,15 @@ def test_the_second_epoch_masks_the_same_windows_anew(small_data):
 def test_foreign_tokenizer_without_mask_is_a_sentence(small_data, tmp_path):
     import sentencepiece
 
-    from megadsl.data.lengths import check_objective
-    from megadsl.errors import UserError
-
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "foreign"), vocab_size=40, hard_vocab_limit=False,
         minloglevel=2,
     )
-    foreign = Tokenizer.load(tmp_path / "foreign.model")
+    config = encoder_config(small_data)
+    foreign = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"model": str(tmp_path / "foreign.model")})})
     with pytest.raises(UserError, match="has no <mask> piece; make one that has it with megadsl tokenizer train"):
-        check_objective(encoder_config(small_data), foreign)
+        task_of(foreign).check()
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.4])
