@@ -26,7 +26,7 @@ from megadsl.parallel.groups import destroy_groups, initialize_groups
 from megadsl.schemes.run import run_statistics
 from megadsl.training.checkpointing import Checkpointer, SaveResult, load_state
 from megadsl.training.engine import Engine, StepResult
-from megadsl.training.hang import Watch, lost_ranks_are_a_sentence
+from megadsl.training.hang import Phase, Watch, lost_ranks_are_a_sentence
 from megadsl.training.preflight import Preflight, preflight
 from megadsl.training.schedule import learning_rate
 from megadsl.training.signals import Stop, record_job
@@ -56,7 +56,7 @@ def train(config: Config, ready: Preflight | None = None, stop: Stop | None = No
     device = prepare_device(config.training.device, ready.launch.local_rank)
     initialize_groups(ready.launch, ready.topology, device, config.parallel.timeout_minutes)
     try:
-        with lost_ranks_are_a_sentence(ready.launch.rank):
+        with lost_ranks_are_a_sentence(ready.launch.rank, Path(config.training.run_dir)):
             return Run(config, ready, device, stop or Stop()).run()
     finally:
         destroy_groups()
@@ -73,7 +73,7 @@ class Run:
         self.run_dir = Path(config.training.run_dir)
         self.stop, self.watch = stop, Watch(config.training.hang_minutes, self.run_dir, ready.launch.rank)
         self.progress = Progress(config.training.train_iters, 0, self.is_main)
-        self.checkpointer = Checkpointer(config, lambda text: self.progress.log(text))
+        self.checkpointer = Checkpointer(config, lambda text: self.progress.log(text), self.watch)
         try:
             self._set_up(ready)
         except BaseException:
@@ -154,7 +154,7 @@ class Run:
     def _iteration(self, batches: Iterator, interval: "Interval") -> None:
         training, index = self.config.training, self.position.iteration
         lr = learning_rate(index, self.config.optimizer, training.train_iters)
-        with self.watch:
+        with self.watch.during(Phase.STEP):
             result = self.engine.train_step(batches, index, lr)
         self.position.iteration = done = index + 1
         self.position.consumed_samples += training.global_batch_size
@@ -202,7 +202,9 @@ class Run:
             return
         # Read in this process: workers would be started anew for every validation.
         batches = self._batches(self.datasets.validation, 0, training.eval_iters * training.global_batch_size, num_workers=0)
-        loss = self.engine.evaluate(batches, training.eval_iters * self.engine.accumulation)
+        with self.watch.during(Phase.VALIDATION):
+            followed = self.watch.following(batches, Phase.VALIDATION)
+            loss = self.engine.evaluate(followed, training.eval_iters * self.engine.accumulation)
         if self.writer:
             self.writer.write(self.position.iteration, {"validation/loss": loss})
             self.writer.flush()
