@@ -13,6 +13,11 @@ def tokens_per_sequence(model: ModelConfig) -> int:
     return model.seq_length + (model.target_length if model.family == "encoder_decoder" else 0)
 
 
+def tokens_counted(model: ModelConfig) -> str:
+    """What the rate throughput/tokens_per_second counts, in words."""
+    return "source and target tokens" if model.family == "encoder_decoder" else "tokens"
+
+
 def forward_flops(model: ModelConfig, padded_vocab_size: int) -> float:
     """Floating-point operations of one forward pass over one sequence."""
     causal, source, target = model.family == "decoder", model.seq_length, model.target_length

@@ -291,5 +291,5 @@ class Interval:
         return LogRecord(
             position.iteration, train_iters, result.loss, lr, result.gradient_norm,
             self._tokens_per_iteration / seconds, self._flops / seconds / self._world_size / 1e12, peak_memory_bytes(device),
-            seconds * (train_iters - position.iteration), position.skipped,
+            seconds, position.skipped,
         )
