@@ -1,6 +1,5 @@
 """`megadsl slurm`: submit a run or a sweep, look at it, and collect a sweep's results; through sbatch, squeue and sacct."""
 
-import itertools
 import json
 import os
 import re
@@ -11,14 +10,14 @@ import sys
 from pathlib import Path
 
 import typer
-import yaml
 
 from megadsl.cli.arguments import config_from_arguments, writing
 from megadsl.config.resources import how_to_restore, shared_folder
 from megadsl.errors import UserError
+from megadsl.monitor.run_folder import progress_line
+from megadsl.monitor.sweep import combinations, results
 
 app = typer.Typer(help="Submit training to SLURM, watch it, collect a sweep.", no_args_is_help=True)
-_LAST_ITERATIONS = 10  # a run's loss in the table of a sweep: the mean over its last ones
 
 
 @app.command()
@@ -37,11 +36,11 @@ def submit(
         raise UserError("--init-from and --sweep do not go together; give checkpoint.init_from=CHECKPOINT as an override of the sweep.")
     config = config_from_arguments(arguments)
     run_dir = Path(config.training.run_dir)
-    combinations = sweep_lines(sweep)
+    runs = combinations(sweep)
     options = {
         "nodes": nodes, "ntasks-per-node": tasks_per_node or max(1, gpus_per_node), "gpus-per-node": gpus_per_node or None,
         "cpus-per-task": cpus_per_task, "time": time, "partition": partition, "account": account,
-        "job-name": run_dir.name, "output": f"{run_dir}/slurm-{'%A_%a' if sweep else '%j'}.log", "array": f"1-{len(combinations)}" if sweep else None,
+        "job-name": run_dir.name, "output": f"{run_dir}/slurm-{'%A_%a' if sweep else '%j'}.log", "array": f"1-{len(runs)}" if sweep else None,
     }
     name = "sweep" if sweep else "finetune" if init_from else "train"
     script = render(shared_folder("slurm") / f"{name}.sbatch", options)
@@ -54,7 +53,7 @@ def submit(
     with writing(path):
         path.write_text(script, encoding="utf-8")
         if sweep:
-            (run_dir / "sweep.txt").write_text("\n".join(combinations) + "\n", encoding="utf-8")
+            (run_dir / "sweep.txt").write_text("\n".join(runs) + "\n", encoding="utf-8")
     job = _slurm("sbatch", "--parsable", str(path), *words).strip().partition(";")[0]
     log = options["output"].replace("%j", job).replace("%A_%a", f"{job}_1")
     typer.echo(f"submitted job {job}; watch it with:\n  squeue --job {job}\n  tail -F {log}")
@@ -80,17 +79,6 @@ def render(template: Path, options: dict) -> str:
     return "\n".join(own) + "\n"
 
 
-def sweep_lines(sweep: list[str]) -> list[str]:
-    """["lr=1,2", "seed=3,4"] -> one line of overrides for every combination."""
-    axes = []
-    for axis in sweep:
-        key, equals, values = axis.partition("=")
-        if not equals or not all(values.split(",")) or " " in axis:
-            raise UserError(f"--sweep {axis} is not KEY=A,B,C, for example --sweep optimizer.lr=1e-3,3e-3.")
-        axes.append([f"{key}={value}" for value in values.split(",")])
-    return [" ".join(combination) for combination in itertools.product(*axes)]
-
-
 @app.command()
 def scripts() -> None:
     """The folder of the batch scripts, to copy and edit: cp -r "$(megadsl slurm scripts)" ."""
@@ -106,24 +94,7 @@ def status(run: Path = typer.Argument(..., help="run folder")) -> None:
         raise UserError(f"{run} has no slurm.json: no job has started to train there yet (see squeue), or it is not a run folder.") from error
     job = record["job"]
     typer.echo(f"job {job}: {_job_state(job)}; restarts {record['restarts']}; nodes {record['nodes']}")
-    metrics = _metrics(run)
-    if not metrics:
-        typer.echo("no iteration is recorded yet")
-        return
-    last = metrics[-1]
-    total = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["train_iters"]
-    words = [f"iteration {last['iteration']}/{total}"]
-    loss = _latest(metrics, "train/loss")
-    words += [f"loss {loss:.4f}"] if loss is not None else []
-    rate = _latest(metrics, "throughput/tokens_per_second")
-    if rate:
-        from megadsl.config import load_config
-        from megadsl.monitor.progress import duration
-
-        config = load_config(run / "config.yaml")
-        tokens = (total - last["iteration"]) * config.training.global_batch_size * config.model.seq_length
-        words += [f"{rate:,.0f} tokens/s", f"ETA {duration(tokens / rate)}"]
-    typer.echo(" | ".join(words))
+    typer.echo(progress_line(run))
 
 
 def _job_state(job: str) -> str:
@@ -141,46 +112,10 @@ def _job_state(job: str) -> str:
 @app.command()
 def collect(sweep: Path = typer.Argument(..., metavar="SWEEP_DIR", help="folder that holds the run folders")) -> None:
     """One table of a sweep's runs: what they differ in, how far they are, their losses; the best first."""
-    runs = sorted(path.parent for path in sweep.glob("*/config.yaml"))
-    if not runs:
-        raise UserError(f"{sweep} holds no run folder (with a config.yaml); has a run of the sweep started?")
-    configs = [_flat(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))) for run in runs]
-    keys = [key for key in configs[0] if key != "training.run_dir" and len({str(config.get(key)) for config in configs}) > 1]
-    rows = [[run.name, *(str(config.get(key)) for key in keys), *_results(run)] for run, config in zip(runs, configs, strict=True)]
-    column = -3 if all(row[-3] != "-" for row in rows) else -2  # validation loss where all have it
-    rows.sort(key=lambda row: float(row[column]) if row[column] != "-" else float("inf"))
-    table = [["run", *keys, "iteration", "validation loss", "loss", "tokens/s"], *rows]
+    table = results(sweep)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _results(run: Path) -> list[str]:
-    metrics = _metrics(run)
-    losses = [record["train/loss"] for record in metrics if record.get("train/loss") is not None][-_LAST_ITERATIONS:]
-    validation, rate = _latest(metrics, "validation/loss"), _latest(metrics, "throughput/tokens_per_second")
-    return [
-        str(metrics[-1]["iteration"] if metrics else 0), f"{validation:.4f}" if validation is not None else "-",
-        f"{sum(losses) / len(losses):.4f}" if losses else "-", f"{rate:,.0f}" if rate else "-",
-    ]
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _metrics(run: Path) -> list[dict]:
-    """metrics.jsonl; a last line that is being written is left out."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def _latest(metrics: list[dict], key: str) -> float | None:
-    return next((record[key] for record in reversed(metrics) if record.get(key) is not None), None)
 
 
 def _slurm(program: str, *arguments: str, check: bool = True) -> str:

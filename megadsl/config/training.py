@@ -45,7 +45,8 @@ class TrainingConfig(Section):
     eval_interval: int = Field(100, ge=0, description="validate every so many iterations; 0: only at the end")
     eval_iters: int = Field(10, ge=0, description="global batches per validation; 0: no validation")
     hang_minutes: float = Field(
-        8.0, ge=0, description="a step that takes longer ends the run, with the Python stack of every rank in RUN/stacks; 0: never"
+        8.0, ge=0, description="a step that takes longer, or validation or saving without progress for so long, ends the run, with the "
+        "Python stack of every rank in RUN/stacks; 0: never"
     )
     max_skipped_iterations: int = Field(10, ge=1, description="stop after this many non-finite iterations in a row")
 

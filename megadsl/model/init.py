@@ -15,14 +15,22 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from megadsl.parallel.rng import seed_from
 
+# Every role of a parameter of the trunk and the language heads, and whether weight decay pulls it towards zero: matrices; on norms,
+# biases, embeddings and gates the field does without it. query_key_value is self-attention's, query and key_value cross-attention's.
+DECAYS = {
+    "query_key_value": True, "query": True, "key_value": True, "attention_output": True, "fc1": True, "fc2": True,
+    "output_head": True, "head_dense": True,
+    "word_embedding": False, "position_embedding": False, "tokentype_embedding": False, "relative_attention_bias": False,
+    "bias": False, "norm_weight": False, "norm_bias": False, "residual_gate": False,
+}
+
+
 @dataclass(frozen=True)
 class ParameterTag:
     """What a parameter is.
 
     Attributes:
-        role: query_key_value (self-attention), query, key_value (cross-attention), attention_output, fc1, fc2,
-            word_embedding, position_embedding, tokentype_embedding, relative_attention_bias, output_head, head_dense, bias,
-            norm_weight, norm_bias or residual_gate.
+        role: one of DECAYS, or a task's own, whose tag says whether it decays.
         full_shape: shape without tensor parallelism.
         std: standard deviation by block role, for example {"query": .1, "key": .1, "value": .2}; empty: a constant.
         constant: the value of a parameter that is not drawn.
@@ -30,6 +38,11 @@ class ParameterTag:
         blocks: tensors stacked along dimension 0 that are sliced one by one (2 for the gate and up halves of a gated fc1).
         group_rows: rows of each block role within one group, where roles alternate group after group: (query, key, value) of a
             query group in query_key_value, (key, value) of a head in key_value.
+        decays: whether weight decay applies; by the table for its roles, to be given for any other.
+
+    Raises:
+        ValueError: a role that is not in the table without `decays` (a slip of the pen would change the optimizer), or one of the
+            table with another `decays`.
     """
 
     role: str
@@ -39,6 +52,15 @@ class ParameterTag:
     partition_dim: int | None = None
     blocks: int = 1
     group_rows: tuple[int, ...] | None = None
+    decays: bool | None = None
+
+    def __post_init__(self) -> None:
+        known = DECAYS.get(self.role, self.decays)
+        if known is None:
+            raise ValueError(f"no role {self.role!r} is known; take one of {', '.join(DECAYS)}, or say `decays` for a role of your own")
+        if self.decays not in (None, known):
+            raise ValueError(f"role {self.role} has decays={known} (megadsl.model.init.DECAYS); take another role")
+        object.__setattr__(self, "decays", known)
 
     def draw(self, seed: int, name: str) -> torch.Tensor:
         """The full fp32 tensor that parameter `name` starts from."""

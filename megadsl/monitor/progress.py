@@ -21,15 +21,15 @@ class LogRecord:
     padding: float
     tflops: float
     memory_bytes: int
-    seconds_left: float
+    seconds_per_iteration: float
     skipped: int
 
     def text(self) -> str:
-        width = len(str(self.train_iters))
+        width, seconds_left = len(str(self.train_iters)), self.seconds_per_iteration * (self.train_iters - self.iteration)
         line = (
             f"iteration {self.iteration:>{width}}/{self.train_iters} | loss {self.loss:.4f} | lr {self.lr:.3e} | "
             f"grad norm {self.gradient_norm:.3f} | {self.tokens_per_second:,.0f} tokens/s | {self.tflops:.4g} TFLOP/s | "
-            f"peak memory {self.memory_bytes / 2**30:.2f} GiB | ETA {duration(self.seconds_left)}"
+            f"peak memory {self.memory_bytes / 2**30:.2f} GiB | ETA {duration(seconds_left)}"
         )
         padding = f" | padding {self.padding:.1%}" if self.padding else ""
         return line + padding + (f" | skipped {self.skipped}" if self.skipped else "")
@@ -38,7 +38,7 @@ class LogRecord:
         """Throughput for TensorBoard (loss, lr and norm are written every iteration)."""
         return {
             "throughput/tokens_per_second": self.tokens_per_second, "throughput/padding_share": self.padding,
-            "throughput/tflops": self.tflops,
+            "throughput/tflops": self.tflops, "throughput/seconds_per_iteration": self.seconds_per_iteration,
             "memory/peak_gib": self.memory_bytes / 2**30, "train/skipped_iterations": float(self.skipped),
         }
 

@@ -21,6 +21,7 @@ from megadsl.checkpoint.weights import TensorReader, write_tensors
 from megadsl.config import Config
 from megadsl.errors import UserError
 from megadsl.schemes.plan import SignalPlan
+from megadsl.training.hang import Phase, Watch
 from megadsl.training.preflight import Preflight, resume_point
 from megadsl.training.state import EngineState
 
@@ -44,8 +45,8 @@ class Checkpointer:
         UserError: another run holds the lock.
     """
 
-    def __init__(self, config: Config, log):
-        self.config, self.log = config, log
+    def __init__(self, config: Config, log, watch: Watch):
+        self.config, self.log, self.watch = config, log, watch
         self.store = CheckpointStore(Path(config.training.run_dir) / "checkpoints")
         self._rank = dist.get_rank()
         self._group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
@@ -79,12 +80,15 @@ class Checkpointer:
 
     def save(self, state: EngineState, info: CheckpointInfo, plan: SignalPlan, files: dict[str, bytes]) -> SaveResult | None:
         """Save on all ranks together; `files` are the task's. None: it goes on in the background, and `finished` or `wait` will tell."""
-        if not self.config.checkpoint.async_save:
-            return self._write(state.tensors(), info, plan, files)
-        snapshot = list(state.tensors())
+        with self.watch.during(Phase.SAVING):
+            # Each tensor that is assembled is progress, and each that is written.
+            tensors = self.watch.following(state.tensors(), Phase.SAVING)
+            if not self.config.checkpoint.async_save:
+                return self._write(tensors, info, plan, files)
+            snapshot = list(tensors)
 
         def write() -> None:
-            self._result = self._write(snapshot, info, plan, files)
+            self._result = self._write(self.watch.following(snapshot, Phase.SAVING), info, plan, files)
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
         self._thread.start()
@@ -94,7 +98,8 @@ class Checkpointer:
         """The result of the save in flight, once it is there; None without one."""
         if self._thread is None:
             return None
-        self._thread.join()
+        with self.watch.during(Phase.SAVING):
+            self._thread.join()
         self._thread, result, self._result = None, self._result, None
         return result or SaveResult(-1, None, "the thread that wrote the checkpoint died")
 

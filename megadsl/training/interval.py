@@ -49,7 +49,7 @@ class Interval:
             iteration=iteration, train_iters=self._train_iters, loss=self._loss / self._finite if self._finite else result.loss, lr=lr,
             gradient_norm=result.gradient_norm, tokens_per_second=self._tokens / iterations / seconds,
             padding=1.0 - self._tokens / max(1.0, self._positions), tflops=self._flops / seconds / self._world_size / 1e12,
-            memory_bytes=largest_over_ranks(peak_memory_bytes(device), device), seconds_left=seconds * (self._train_iters - iteration),
+            memory_bytes=largest_over_ranks(peak_memory_bytes(device), device), seconds_per_iteration=seconds,
             skipped=skipped,
         )
         self._start(iteration)

@@ -20,7 +20,7 @@ from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import destroy_groups, initialize_groups
 from megadsl.training.checkpointing import Checkpointer, SaveResult, load_state
 from megadsl.training.engine import Engine, StepResult, ValidationResult
-from megadsl.training.hang import Watch, lost_ranks_are_a_sentence
+from megadsl.training.hang import Phase, Watch, lost_ranks_are_a_sentence
 from megadsl.training.initial import InitialWeights
 from megadsl.training.interval import Interval
 from megadsl.training.preflight import Preflight, data_change, preflight
@@ -53,7 +53,7 @@ def train(config: Config, ready: Preflight | None = None, stop: Stop | None = No
     device = prepare_device(config.training.device, ready.launch.local_rank)
     initialize_groups(ready.launch, ready.topology, device, config.parallel.timeout_minutes)
     try:
-        with lost_ranks_are_a_sentence(ready.launch.rank):
+        with lost_ranks_are_a_sentence(ready.launch.rank, Path(config.training.run_dir)):
             return Run(config, ready, device, stop or Stop()).run()
     finally:
         destroy_groups()
@@ -70,7 +70,7 @@ class Run:
         self.run_dir = Path(config.training.run_dir)
         self.stop, self.watch = stop, Watch(config.training.hang_minutes, self.run_dir, ready.launch.rank)
         self.progress = Progress(config.training.train_iters, 0, self.is_main)
-        self.checkpointer = Checkpointer(config, lambda text: self.progress.log(text))
+        self.checkpointer = Checkpointer(config, lambda text: self.progress.log(text), self.watch)
         try:
             self._set_up(ready)
         except BaseException:
@@ -152,7 +152,7 @@ class Run:
     def _iteration(self, batches: Iterator, interval: Interval) -> None:
         training, index = self.config.training, self.position.iteration
         lr = learning_rate(index, self.config.optimizer, training.train_iters)
-        with self.watch:
+        with self.watch.during(Phase.STEP):
             result = self.engine.train_step(batches, index, lr)
         self.position.iteration = done = index + 1
         self.position.consumed_samples += training.global_batch_size
@@ -203,7 +203,9 @@ class Run:
             return
         # Read in this process: workers would be started anew for every validation.
         batches = self._batches("validation", 0, training.eval_iters * training.global_batch_size, num_workers=0)
-        result = self.engine.evaluate(batches, training.eval_iters * self.engine.accumulation)
+        with self.watch.during(Phase.VALIDATION):
+            followed = self.watch.following(batches, Phase.VALIDATION)
+            result = self.engine.evaluate(followed, training.eval_iters * self.engine.accumulation)
         if self.writer:
             means = {f"validation/{name}": value for name, value in result.means.items()} if len(result.means) > 1 else {}
             self.writer.write(self.position.iteration, {"validation/loss": result.loss, **means})

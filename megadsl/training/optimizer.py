@@ -7,12 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megadsl.config.training import OptimizerConfig
-from megadsl.model.init import tag_of
-
-# Weight decay pulls matrices towards zero; on norms, biases and embeddings the field does without it.
-DECAYED_ROLES = frozenset({
-    "query_key_value", "query", "key_value", "attention_output", "fc1", "fc2", "output_head", "head_dense",
-})
+from megadsl.model.init import DECAYS, tag_of
 
 
 def parameter_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], options: OptimizerConfig,
@@ -20,12 +15,17 @@ def parameter_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], optio
     """AdamW groups of (canonical name, parameter) pairs: decayed and not, with the plan's factors by role.
 
     `lr_factor` of a group multiplies the scheduled learning rate (the engine sets `lr` before every step).
+
+    Raises:
+        ValueError: a factor for a role that is not in the table of roles: it would be dropped in silence.
     """
+    if unknown := role_factors.keys() - DECAYS.keys():
+        raise ValueError(f"the plan has optimizer factors for {', '.join(sorted(unknown))}, which no parameter is (megadsl.model.init.DECAYS)")
     groups: dict[tuple, dict] = {}
     for name, parameter in parameters:
-        role = tag_of(name, parameter).role
-        factors = role_factors.get(role, {})
-        decay = options.weight_decay * factors.get("weight_decay", 1.0) if role in DECAYED_ROLES else 0.0
+        tag = tag_of(name, parameter)
+        factors = role_factors.get(tag.role, {})
+        decay = options.weight_decay * factors.get("weight_decay", 1.0) if tag.decays else 0.0
         key = decay, options.adam_eps * factors.get("eps", 1.0), factors.get("lr", 1.0)
         group = groups.setdefault(key, {"params": [], **dict(zip(("weight_decay", "eps", "lr_factor"), key, strict=True))})
         group["params"].append(parameter)

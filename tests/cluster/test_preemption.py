@@ -86,7 +86,7 @@ def test_a_hung_rank_is_reported_with_the_stack_of_every_rank(cluster, project):
     cluster.wait_for_line(job, "iteration +4/", project)
     stopped = rank_process("hung", 1)
     subprocess.run(["kill", "-STOP", str(stopped)], check=True)
-    cluster.wait_for_line(job, r"rank 0: no step for .* minutes \(training.hang_minutes\)", project)
+    cluster.wait_for_line(job, r"rank 0: no progress in a step for .* minutes \(training.hang_minutes\)", project)
     subprocess.run(["kill", "-CONT", str(stopped)], check=True)
     ended = cluster.wait(job, project)
     assert ended.state == "FAILED", ended.log

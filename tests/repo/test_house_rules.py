@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from option_reads import OptionReads
 from pydantic import BaseModel
 
 from megadsl.config import Config
@@ -73,24 +74,69 @@ def test_imports_without_torch(room):
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0, f"megadsl.{room} imports torch"
 
 
-def config_fields(section: type[BaseModel], prefix: str = "") -> list[tuple[str, str]]:
-    found = []
+def sections_of(section: type[BaseModel]) -> dict[str, dict[str, str | None]]:
+    """Every section class below `section`, itself included -> {field: the section class that it holds (also in a tuple), or None}."""
+    found = {section.__name__: {}}
     for name, field in section.model_fields.items():
-        inner = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type)]
-        inner = [a for a in inner if issubclass(a, BaseModel)]
-        found += config_fields(inner[0], f"{prefix}{name}.") if inner else [(f"{prefix}{name}", name)]
+        inner = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        found[section.__name__][name] = inner[0].__name__ if inner else None
+        for one in inner:
+            found |= sections_of(one)
     return found
 
 
-# Options that several tasks share are one field.
-OPTIONS = config_fields(Config) + sorted({field for task in TASKS for field in config_fields(task_class(task).Options, "task.")})
+def unread_options(sections: dict[str, dict[str, str | None]], sources: list[str]) -> list[str]:
+    """Section class.field of what no code reads."""
+    read = OptionReads(sections, sources).read()
+    return [f"{section}.{name}" for section, fields in sections.items() for name in fields if (section, name) not in read]
 
 
-@pytest.mark.parametrize("key, name", OPTIONS)
-def test_every_option_is_read(key, name):
-    """An attribute of the field's name is read somewhere (the section's own properties count)."""
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and node.attr == name and isinstance(node.ctx, ast.Load):
-                return
-    pytest.fail(f"no code reads {key}")
+SECTIONS = sections_of(Config)
+for task in TASKS:
+    SECTIONS |= sections_of(task_class(task).Options)
+SOURCES = [path.read_text(encoding="utf-8") for path in FILES]
+
+
+def test_every_option_is_read():
+    """Where one is read of something without a type, annotate that with its section."""
+    assert unread_options(SECTIONS, SOURCES) == []
+
+
+def test_no_option_is_taken_for_read_by_its_name():
+    """Every section is given the names of all others' options too: not one of these is read."""
+    names = {name for fields in SECTIONS.values() for name in fields}
+    planted = {section: {**dict.fromkeys(names), **fields} for section, fields in SECTIONS.items()}
+    expected = {f"{section}.{name}" for section, fields in SECTIONS.items() for name in names - fields.keys()}
+    assert len(expected) > 500 and set(unread_options(planted, SOURCES)) == expected
+
+
+def test_an_option_whose_name_is_read_elsewhere_is_found():
+    """What a search by the bare name passes over: scheme.name beside path.name, monitor.width beside model.width, a validator."""
+    sections = {
+        "Config": {"model": "Model", "monitor": "Monitor"}, "Model": {"width": None, "depth": None, "parts": "Part"},
+        "Monitor": {"width": None, "name": None, "depth": None}, "Part": {"path": None, "name": None},
+    }
+    source = """
+class Model:
+    @property
+    def size(self): return self.depth * 2
+
+class Monitor:
+    def _checked(self): assert self.depth
+
+class Run:
+    def __init__(self, config: Config, path):
+        self.options, self.monitor = config.model, path
+        print(path.name, self.options.width, self.monitor.width)
+
+    def show(self):
+        return self.options.size, [part.path for part in self.options.parts]
+"""
+    assert unread_options(sections, [source]) == ["Config.monitor", "Monitor.width", "Monitor.name", "Monitor.depth", "Part.name"]
+    more = source + """
+def log(monitor: "Monitor | None", config: Config):
+    for part in config.model.parts:
+        part.name
+    getattr(monitor, "name"), config.monitor.width, monitor.depth
+"""
+    assert unread_options(sections, [more]) == []

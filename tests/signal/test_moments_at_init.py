@@ -1,8 +1,7 @@
 """The claim of configs/decoder-192.yaml: measured forward variance within 10 % of the plan at every sublayer, at unit
-variance; `vanilla` fails the test of unit variance. And a thousand layers train.
+variance; `vanilla` fails the test of unit variance.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -57,26 +56,3 @@ def test_dslm_has_unit_variance_as_planned_and_vanilla_has_not(make_stack, small
     assert has_unit_variance(mean)
     vanilla, _ = measure(make_stack, small_data, "vanilla")
     assert not has_unit_variance(vanilla.mean(axis=0))
-
-
-def test_a_thousand_layers_train(small_data, tmp_path):
-    """decoder-1000.yaml at a size that a test can afford: recomputation on, loss finite and falling."""
-    from ranks import run_ranks
-
-    config = load_config(CONFIGS / "decoder-1000.yaml", [
-        "model.hidden_size=16", "model.num_attention_heads=2", "model.seq_length=16", f"tokenizer.model={small_data.tokenizer}",
-        f"data.datasets=[{small_data.dataset}]", f"training.run_dir={tmp_path}", "training.micro_batch_size=4",
-        "training.train_iters=5", "training.eval_iters=0", "optimizer.lr_warmup_iters=0", "optimizer.lr=0.01", "data.num_workers=0",
-    ])
-    losses = run_ranks(1, _losses, config)[0]
-    assert len(losses) == 5 and all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.3, losses
-
-
-def _losses(config) -> list[float]:
-    import json
-
-    from megadsl.training.loop import train
-
-    train(config)
-    rows = (Path(config.training.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [row["train/loss"] for row in map(json.loads, rows) if "train/loss" in row]

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from ranks import free_port, run_ranks
 
-from megadsl.checkpoint import file_system
-from megadsl.cli import doctor
-from megadsl.parallel.check import Ranks
+from megadsl.parallel.checks import file_system, installation
+from megadsl.parallel.checks.findings import Finding, Ranks
+from megadsl.parallel.checks.survey import merge
 from megadsl.parallel.launch import Launch, discover_launch
 
 BIN = Path(sys.executable).parent
@@ -35,10 +35,10 @@ def test_two_processes_print_one_table(tmp_path):
 
 
 def test_requirements_are_met_here_and_a_conflict_is_found(monkeypatch):
-    assert not list(doctor._conflicts("megadsl"))
-    real = doctor.metadata.requires
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch<1; python_version > '3'"] if name == "deepspeed" else real(name))
-    assert list(doctor._conflicts("megadsl")) == [("deepspeed", "torch<1", torch.__version__)]
+    assert not list(installation.requirement_conflicts("megadsl"))
+    real = installation.metadata.requires
+    monkeypatch.setattr(installation.metadata, "requires", lambda name: ["torch<1; python_version > '3'"] if name == "deepspeed" else real(name))
+    assert list(installation.requirement_conflicts("megadsl")) == [("deepspeed", "torch<1", torch.__version__)]
 
 
 def test_a_rename_that_is_not_atomic_is_found(tmp_path, monkeypatch):
@@ -71,9 +71,7 @@ def test_a_folder_that_is_not_shared_is_found(tmp_path):
 
 
 def test_nodes_with_other_versions_are_found():
-    from megadsl.parallel.check import Finding
-
     same, other = Finding("torch", "2.13.0"), Finding("torch", "2.12.0")
-    assert doctor._merge([("n0", [same]), ("n1", [same]), ("n1", [])], []) == [("", same)]
-    table = doctor._merge([("n0", [same]), ("n1", [other])], [])
+    assert merge([("n0", [same]), ("n1", [same]), ("n1", [])], []) == [("", same)]
+    table = merge([("n0", [same]), ("n1", [other])], [])
     assert table[:2] == [("n0", same), ("n1", other)] and "torch differ between nodes" in table[2][1].problem

@@ -56,6 +56,22 @@ def test_untagged_parameter_raises():
         tag_of("some.name", parameter)
 
 
+def test_every_role_is_known_or_says_whether_it_decays():
+    with pytest.raises(ValueError, match="no role 'fc3' is known"):
+        ParameterTag("fc3", (4, 4), {"fc3": 0.1})
+    with pytest.raises(ValueError, match="role fc1 has decays=True"):
+        ParameterTag("fc1", (4, 4), {"fc1": 0.1}, decays=False)
+    own = []
+    for role, decays in (("classifier", True), ("class_token", False)):
+        parameter = torch.nn.Parameter(torch.zeros(4, 4))
+        tag(parameter, ParameterTag(role, (4, 4), {role: 0.1}, decays=decays))
+        own.append((role, parameter))
+    groups = parameter_groups(own, OptimizerConfig(weight_decay=0.1), {"word_embedding": {"eps": 2.0}})
+    assert [(group["weight_decay"], group["params"]) for group in groups] == [(0.1, [own[0][1]]), (0.0, [own[1][1]])]
+    with pytest.raises(ValueError, match="factors for classifer, which no parameter is"):
+        parameter_groups(own, OptimizerConfig(), {"classifer": {"lr": 0.5}})
+
+
 def test_initialize_and_parameter_groups():
     parameters = []
     for name, value in TAGS.items():

@@ -40,7 +40,7 @@ def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
 
 
 def test_log_line_says_everything(capsys):
-    record = LogRecord(7, 100, 3.25, 1e-3, 0.5, 12345.6, 0.25, 1.5, 3 * 2**30, 3723.0, skipped=2)
+    record = LogRecord(7, 100, 3.25, 1e-3, 0.5, 12345.6, 0.25, 1.5, 3 * 2**30, 3723.0 / 93, skipped=2)
     with Progress(100, 0, enabled=True) as progress:
         progress.log(record.text())
     line = capsys.readouterr().out

@@ -6,10 +6,12 @@ import subprocess
 import pytest
 from typer.testing import CliRunner
 
-from megadsl.cli.slurm import app, render, sweep_lines
+from megadsl.cli.slurm import app, render
 from megadsl.config import save_config
 from megadsl.config.resources import shared_folder
 from megadsl.errors import UserError
+from megadsl.monitor.progress import LogRecord
+from megadsl.monitor.sweep import combinations
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in shared_folder("slurm").glob("*.sbatch")))
@@ -27,12 +29,12 @@ def test_rendered_scripts_have_the_users_numbers_once(name, tmp_path):
 
 
 def test_a_sweep_is_every_combination():
-    assert sweep_lines(["optimizer.lr=1e-3,3e-3", "training.seed=1,2"]) == [
+    assert combinations(["optimizer.lr=1e-3,3e-3", "training.seed=1,2"]) == [
         "optimizer.lr=1e-3 training.seed=1", "optimizer.lr=1e-3 training.seed=2", "optimizer.lr=3e-3 training.seed=1",
         "optimizer.lr=3e-3 training.seed=2"]
     for wrong in ("optimizer.lr", "optimizer.lr=1,,2", "optimizer.lr=1, 2"):
         with pytest.raises(UserError, match="not KEY=A,B,C"):
-            sweep_lines([wrong])
+            combinations([wrong])
 
 
 def test_collect_puts_the_best_run_first(tmp_path, small_data):
@@ -48,6 +50,21 @@ def test_collect_puts_the_best_run_first(tmp_path, small_data):
     assert [line.split()[:3] for line in lines[1:]] == [["run-2", "0.003", "20"], ["run-1", "0.001", "20"], ["run-3", "0.01", "0"]]
     last = sum(3.0 + 1 / i for i in range(11, 21)) / 10
     assert f"{last:.4f}" in lines[1]
+
+
+def test_status_says_which_tokens_and_the_time_left_of_the_log(tmp_path, small_data):
+    """The time that is left is the log line's own: it does not depend on which tokens the rate counts."""
+    save_config(small_data.config(tmp_path, training={"train_iters": 500}), tmp_path / "config.yaml")
+    (tmp_path / "slurm.json").write_text('{"job": "1", "restarts": 2, "nodes": "n[0-1]"}')
+    record = LogRecord(20, 500, 3.25, 1e-3, 0.5, 12345.6, 0.25, 1.5, 2**30, 7.5, 0)
+    rows = [{"iteration": 20, "train/loss": 3.25}, {"iteration": 20, **record.scalars()}, {"iteration": 20, "validation/loss": 4.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 21, "train/lo')
+    job, run = CliRunner().invoke(app, ["status", str(tmp_path)]).stdout.splitlines()
+    assert "restarts 2; nodes n[0-1]" in job
+    assert run == "iteration 20/500 | loss 3.2500 | 12,346 tokens/s, padding not counted | ETA 1:00:00"
+    assert "ETA 1:00:00" in record.text()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert CliRunner().invoke(app, ["status", str(tmp_path)]).stdout.splitlines()[1] == "no iteration is recorded yet"
 
 
 def test_dry_run_writes_nothing(tmp_path, small_data):

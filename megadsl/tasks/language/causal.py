@@ -26,6 +26,7 @@ class CausalLanguageModeling(LanguageTask):
 
     name = "causal_language_modeling"
     Options = CausalOptions
+    options: CausalOptions
     families = ("decoder",)
 
     @property

@@ -31,6 +31,7 @@ class Denoising(LanguageTask):
 
     name = "denoising"
     Options = DenoisingOptions
+    options: DenoisingOptions
     families = ("encoder_decoder",)
     loss_parts = (LossPart("target_tokens", "nats per token"),)
     metric_names = ("exact_span_accuracy",)

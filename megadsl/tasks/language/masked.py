@@ -37,6 +37,7 @@ class MaskedLanguageModeling(LanguageTask):
 
     name = "masked_language_modeling"
     Options = MaskedOptions
+    options: MaskedOptions
     families = ("encoder",)
     predicts_in_place = True
     evaluation_options = ("max_tokens", "pseudo_tokens")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from megadsl.errors import UserError
-from megadsl.parallel.check import Finding, Ranks
+from megadsl.parallel.checks.findings import Finding, Ranks
 
 _SPEED_BYTES = 32 * 2**20
 _RENAME_SECONDS = 0.7

@@ -1,67 +1,19 @@
-"""What the processes of a run can expect of each other: one address book, and a sweep of all-reduces over sizes.
+"""Links between ranks: one address book, agreeing clocks, and a sweep of all-reduces over sizes.
 
 Bus bandwidth is that of NCCL's tests: 2 (n-1)/n * bytes / seconds, the traffic on every rank's link whatever the number n.
 """
 
-import os
-import shutil
-import socket
 import time
-from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megadsl.parallel.device import communication_backend, prepare_deepspeed
-from megadsl.parallel.launch import Launch
+from megadsl.parallel.checks.findings import Finding, Ranks, node_name
 
 # (bytes, repetitions): latency shows in the first, bandwidth in the last.
 _SWEEP = ((8, 200), (64 * 2**10, 50), (2**20, 20), (16 * 2**20, 5))
 # Below these (GB/s) a run crawls; a loopback or a gigabit link is faster.
 _LEAST_BANDWIDTH = {"gloo": 0.02, "nccl": 0.5}
-_TIMEOUT = timedelta(seconds=60)
-
-
-@dataclass(frozen=True, order=True)
-class Finding:
-    """One line of the report. `problem`: what is wrong and the way out; "" where nothing is."""
-
-    topic: str
-    text: str
-    problem: str = ""
-
-
-def node_name() -> str:
-    """SLURM's name of this node, which is not always the machine's own."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-class Ranks:
-    """The processes that check together; also a single one."""
-
-    def __init__(self, launch: Launch, device: torch.device):
-        self.rank, self.size, self.device = launch.rank, launch.world_size, device
-        self.backend = communication_backend(device)
-        if self.size > 1:
-            launch.export()
-            dist.init_process_group(self.backend, rank=self.rank, world_size=self.size, timeout=_TIMEOUT)
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-    def gather(self, value) -> list:
-        """Everyone's value, by rank, on all ranks."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def close(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
 
 
 def check_communication(ranks: Ranks, launcher: str) -> list[Finding]:
@@ -110,17 +62,3 @@ def _synchronize(ranks: Ranks) -> None:
 
 def _size(size: int) -> str:
     return f"{size} B" if size < 2**10 else f"{size // 2**10} KiB" if size < 2**20 else f"{size // 2**20} MiB"
-
-
-def check_deepspeed_ops(device: torch.device) -> list[Finding]:
-    """Which of DeepSpeed's compiled operators could be built here; megadsl needs none of them on a CPU."""
-    prepare_deepspeed(device)
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
-
-    missing = [program for program in ("ninja", "c++") if not shutil.which(program)]
-    if missing:
-        return [Finding("DeepSpeed ops", f"none can be built: no {' and no '.join(missing)} on the PATH")]
-    able = {name: bool(builder.is_compatible(verbose=False)) for name, builder in sorted(ALL_OPS.items()) if "not_implemented" not in name}
-    words = {True: "can be built: ", False: "cannot: "}
-    lists = (words[wanted] + ", ".join(name for name, can in able.items() if can == wanted) for wanted in words)
-    return [Finding("DeepSpeed ops", "; ".join(text for text in lists if not text.endswith(": ")))]
