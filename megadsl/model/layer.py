@@ -20,7 +20,9 @@ from megadsl.config.model import ModelConfig
 from megadsl.model.activations import Activations
 from megadsl.model.core_attention import MemoryAttention, ScaledDotProductAttention
 from megadsl.model.init import ParameterTag, tag, tag_norm
+from megadsl.model.precision import DTYPES
 from megadsl.model.residual import ResidualConnection
+from megadsl.parallel.device import on_gpu
 from megadsl.schemes.plan import SublayerPlan
 
 
@@ -32,7 +34,6 @@ ACTIVATIONS = {
     "relu": F.relu, "gelu": F.gelu, "tanh_gelu": partial(F.gelu, approximate="tanh"), "silu": F.silu,
     "squared_relu": _squared_relu, "swiglu": F.silu, "geglu": F.gelu,
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def transformer_config(model: ModelConfig, tensor_parallel_size: int = 1, precision: str = "fp32") -> TransformerConfig:
@@ -51,7 +52,7 @@ def transformer_config(model: ModelConfig, tensor_parallel_size: int = 1, precis
         fp16=precision == "fp16", bf16=precision == "bf16",
         use_cpu_initialization=True, perform_initialization=False,
         # The fused kernels are compiled for the GPU; megatron's fused GELU is the tanh approximation, so it stays off.
-        bias_dropout_fusion=torch.cuda.is_available(), bias_activation_fusion=False,
+        bias_dropout_fusion=on_gpu(), bias_activation_fusion=False,
     )
 
 

@@ -64,7 +64,7 @@ def prepare_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("training.device is cuda, but torch finds no GPU; set training.device=auto or cpu.")
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device_ordinal(local_rank, torch.cuda.device_count()))
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         # DeepSpeed decides at import; without this it would take the GPU of a machine that has one.
@@ -78,6 +78,20 @@ def prepare_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     elif _state["prepared"] != kind:
         raise RuntimeError(f"this process already runs on {_state['prepared']}, it cannot change to {kind}")
     return device
+
+
+def device_ordinal(local_rank: int, visible: int) -> int:
+    """Which of the `visible` GPUs of this process is its own: the only place where a local rank becomes a device.
+
+    A launcher shows every process all GPUs of the machine, so that they are numbered like the local ranks, or each process its
+    share alone (srun --gpus-per-task=1), so that every process counts from 0.
+    """
+    return local_rank % visible
+
+
+def on_gpu() -> bool:
+    """Whether this process was prepared for a GPU. A machine may have one that the run does not use (training.device=cpu)."""
+    return _state["prepared"] == "cuda"
 
 
 def communication_backend(device: torch.device) -> str:
