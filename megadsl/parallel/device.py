@@ -56,10 +56,17 @@ with _compilation_deferred(), _collector_off():
     import megatron.core  # noqa: F401, E402
 
 
-def prepare_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """Choose the device of this process and make Megatron-core work on it. Call before it is used, and before DeepSpeed is imported."""
+def prepare_device(name: str = "auto", local_rank: int = 0, deterministic: bool = False) -> torch.device:
+    """Choose the device of this process and make Megatron-core work on it. Call before it is used, and before DeepSpeed is imported.
+
+    Args:
+        name: auto, cpu or cuda.
+        local_rank: of this process on its machine.
+        deterministic: equal inputs give equal bits; an operation that has no such kernel raises.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"There is no device '{name}'; it is auto, cpu or cuda (the launcher decides which GPU).")
+    _choose_kernels(deterministic)
     kind = name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         if not torch.cuda.is_available():
@@ -131,6 +138,13 @@ def _arrived(batch: dict[str, torch.Tensor], copied: "torch.cuda.Event") -> dict
     for tensor in batch.values():
         tensor.record_stream(current)
     return batch
+
+
+def _choose_kernels(deterministic: bool) -> None:
+    if deterministic:
+        # cuBLAS reads it when it is first used; with its default workspace, streams may share one and add in another order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def prepare_deepspeed(device: torch.device) -> None:

@@ -50,3 +50,28 @@ def test_the_fused_addition_follows_the_device_of_the_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = parse_config({"model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}})
     assert not on_gpu() and not transformer_config(config.model).bias_dropout_fusion
+
+
+def test_deterministic_kernels_are_asked_for_and_given_back(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    prepare_device("cpu", deterministic=True)
+    try:
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        prepare_device("cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_one_compiled_addition_serves_every_depth():
+    """lambda and beta become inputs of the kernel: what Dynamo traces does not grow with the number of different ones."""
+    from torch._dynamo.testing import CompileCounter
+
+    from megadsl.model.residual import _scaled_add
+
+    counter = CompileCounter()
+    compiled = torch.compile(_scaled_add, backend=counter)
+    hidden, bias = torch.ones(4, 2, 8, dtype=torch.bfloat16, requires_grad=True), torch.ones(8, dtype=torch.bfloat16)
+    for layer in range(1, 50):
+        scales = 1 - 1e-3 * layer, 1e-2 * layer
+        torch.testing.assert_close(compiled(hidden, bias, hidden, 0.0, *scales), _scaled_add(hidden, bias, hidden, 0.0, *scales))
+    assert counter.frame_count <= 3
