@@ -83,7 +83,7 @@ class ModelBuilder:
             entries.append(LayerEntry(f"{stack}.relative_position", partial(
                 RelativePositions, self.model, self.tensor_parallel_size, causal)))
             takes = (*takes, "position_bias")
-        masks = Masks(causal, isolated, self.model.attention_dropout)
+        masks = Masks(self.model, causal, isolated)
         rotary = self._rotary() if self.model.position_embedding_type == "rope" else None
         entries += [
             LayerEntry(f"{stack}.{index}", partial(

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from megadsl.config.model import ModelConfig
 from megadsl.model.activations import Activations
 
 Mask = torch.Tensor | BlockMask
@@ -68,12 +69,16 @@ def additive(seen: torch.Tensor | None, dtype: torch.dtype, bias: torch.Tensor |
     return F.pad(mask, (0, missing))[..., :-missing] if missing else mask
 
 
-def blockwise(device: torch.device, queries: int, attention_dropout: float, bias: torch.Tensor | None) -> bool:
+def blockwise(model: ModelConfig, device: torch.device, dtype: torch.dtype, queries: int, bias: torch.Tensor | None) -> bool:
     """Whether a mask is for flex_attention: the only place that chooses.
 
-    It has no dropout, and no gradient for a trained bias that costs less than the scores; on a CPU it has no backward pass.
+    It has no dropout, wants heads of at least 16, and gives a trained bias no gradient that costs less than the scores; on a CPU it
+    has no backward pass. In fp32 its tiles do not fit every GPU.
     """
-    return device.type == "cuda" and queries >= BLOCK and attention_dropout == 0.0 and bias is None
+    return (
+        device.type == "cuda" and dtype != torch.float32 and queries >= BLOCK and model.head_dim >= 16
+        and model.attention_dropout == 0.0 and bias is None
+    )
 
 
 class Masks:
@@ -83,11 +88,10 @@ class Masks:
     Args:
         causal: a decoder's stack.
         isolated: documents packed into one sequence do not see each other. (Padding is never seen.)
-        attention_dropout: of the model.
     """
 
-    def __init__(self, causal: bool, isolated: bool, attention_dropout: float = 0.0):
-        self.causal, self.isolated, self.attention_dropout = causal, isolated, attention_dropout
+    def __init__(self, model: ModelConfig, causal: bool, isolated: bool):
+        self.model, self.causal, self.isolated = model, causal, isolated
         self._own, self._memory = Remembered(self._make), Remembered(self._make)
 
     def __call__(self, value: Activations) -> tuple[Mask | None, Mask | None]:
@@ -115,7 +119,7 @@ class Masks:
         if not ruled and not causal:
             return additive(None, dtype, bias)
         sees = visibility(causal, max(0, keys - queries) if causal else 0, key_segments, query_segments, prefix_length)
-        if blockwise(device, queries, self.attention_dropout, bias):
+        if blockwise(self.model, device, dtype, queries, bias):
             return create_block_mask(sees, batch, None, queries, keys, device=device)
         return additive(visible(sees, batch, queries, keys, device), dtype, bias)
 

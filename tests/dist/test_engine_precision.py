@@ -14,16 +14,15 @@ FAMILIES = {
 def _tokens(definition) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {name: torch.randint(1, 2 if "segments" in name else 500, (2, 16), generator=generator)
-            for name in (*definition.inputs, *definition.targets)}
+            for name in definition.inputs}
 
 
 def _train_and_load(config) -> tuple[torch.Tensor, torch.Tensor, set]:
     """Logits of the training engine's model after its last step, of its checkpoint as evaluation loads it, and all dtypes."""
     from megadsl.checkpoint.store import open_checkpoint
-    from megadsl.inference.load import load_model
-    from megadsl.model.stream import hidden_of
     from megadsl.parallel.device import prepare_device
     from megadsl.parallel.groups import destroy_groups, initialize_groups
+    from megadsl.tasks.trained import load_trained
     from megadsl.training.loop import Run
     from megadsl.training.preflight import preflight
     from megadsl.training.signals import Stop
@@ -32,13 +31,12 @@ def _train_and_load(config) -> tuple[torch.Tensor, torch.Tensor, set]:
     initialize_groups(ready.launch, ready.topology, device)
     run = Run(config, ready, device, Stop())
     run.run()
-    trained, definition = run.engine.model.eval(), run.engine.definition
-    inputs, _ = definition.split(_tokens(definition))
+    trained, inputs = run.engine.model.eval(), _tokens(run.engine.definition)
     with torch.no_grad():
-        logits = hidden_of(trained(inputs))
+        logits = trained(inputs)["logits"]
         destroy_groups()  # evaluation makes its own
-        loaded = load_model(open_checkpoint(config.training.run_dir), "cpu").stack
-        return logits, hidden_of(loaded(inputs)), {tensor.dtype for model in (trained, loaded) for tensor in model.parameters()}
+        loaded = load_trained(open_checkpoint(config.training.run_dir), "cpu")[1].network
+        return logits, loaded(inputs)["logits"], {tensor.dtype for model in (trained, loaded) for tensor in model.parameters()}
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from megadsl.config.load import parse_config
+from megadsl.config.model import ModelConfig
 from megadsl.model.activations import Activations
 from megadsl.model.core_attention import ScaledDotProductAttention
 from megadsl.model.layer import transformer_config
 from megadsl.model.masks import ALIGNMENT, Masks, Remembered, additive, blockwise, positions_in_segments, visibility, visible
 
+MODEL = ModelConfig()
 CPU = torch.device("cpu")
 SEGMENTS = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
 HIDDEN = torch.zeros(6, 2, 8)  # [s, b, h]
@@ -30,8 +32,8 @@ def seen_by(mask: torch.Tensor) -> torch.Tensor:
 
 
 def test_no_mask_where_sdpa_has_a_fast_path():
-    assert Masks(True, False)(flowing()) == (None, None) == Masks(False, True)(flowing())
-    assert Masks(True, False)(flowing(segments=SEGMENTS, memory=HIDDEN)) == (None, None), "not isolated"
+    assert Masks(MODEL, True, False)(flowing()) == (None, None) == Masks(MODEL, False, True)(flowing())
+    assert Masks(MODEL, True, False)(flowing(segments=SEGMENTS, memory=HIDDEN)) == (None, None), "not isolated"
 
 
 def test_rule_by_rule():
@@ -40,7 +42,7 @@ def test_rule_by_rule():
     for causal in (False, True):
         for with_prefix in (False, True) if causal else (False,):
             context = {"prefix_length": prefix} if with_prefix else {}
-            mask = seen_by(Masks(causal, True)(flowing(segments=SEGMENTS, **context))[0])
+            mask = seen_by(Masks(MODEL, causal, True)(flowing(segments=SEGMENTS, **context))[0])
             for b in range(2):
                 for query in range(6):
                     for key in range(6):
@@ -53,24 +55,24 @@ def test_rule_by_rule():
 
 def test_memory_is_seen_but_for_its_padding():
     source = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    own, memory = Masks(True, False)(flowing(memory=torch.zeros(5, 2, 8), source_segments=source))
+    own, memory = Masks(MODEL, True, False)(flowing(memory=torch.zeros(5, 2, 8), source_segments=source))
     assert own is None and seen_by(memory).expand(2, 6, 5)[0].tolist() == [[True, True, True, False, False]] * 6
 
 
 def test_a_bias_is_part_of_the_mask():
     bias = torch.randn(1, 3, 6, 6, dtype=torch.bfloat16, requires_grad=True)
-    own, _ = Masks(True, True)(flowing(HIDDEN.bfloat16(), segments=SEGMENTS, position_bias=bias))
+    own, _ = Masks(MODEL, True, True)(flowing(HIDDEN.bfloat16(), segments=SEGMENTS, position_bias=bias))
     seen = visible(visibility(True, 0, SEGMENTS, SEGMENTS), 2, 6, 6, CPU).expand(2, 3, 6, 6)
     assert torch.equal(own[seen], bias.expand(2, 3, 6, 6)[seen]) and (own[~seen] == -torch.inf).all() and own.requires_grad
-    own, _ = Masks(False, False)(flowing(HIDDEN.bfloat16(), position_bias=bias))
+    own, _ = Masks(MODEL, False, False)(flowing(HIDDEN.bfloat16(), position_bias=bias))
     assert torch.equal(own, bias)
 
 
 def test_a_bias_behind_cached_tokens():
     """One new token after four sees all five; the prompt's first token sees itself."""
-    own, _ = Masks(True, False)(flowing(torch.zeros(1, 2, 8), position_bias=torch.zeros(1, 3, 1, 5)))
+    own, _ = Masks(MODEL, True, False)(flowing(torch.zeros(1, 2, 8), position_bias=torch.zeros(1, 3, 1, 5)))
     assert own.tolist() == torch.zeros(1, 3, 1, 5).tolist()
-    own, _ = Masks(True, False)(flowing(torch.zeros(5, 2, 8), position_bias=torch.zeros(1, 3, 5, 5)))
+    own, _ = Masks(MODEL, True, False)(flowing(torch.zeros(5, 2, 8), position_bias=torch.zeros(1, 3, 5, 5)))
     assert torch.equal(own[0, 0] == 0, torch.ones(5, 5).tril().bool())
 
 
@@ -97,18 +99,19 @@ def test_flex_attention_is_given_the_same_rule(causal, prefix):
     dense = visible(sees, 2, length, length, CPU)
     assert torch.equal(create_mask(sees, 2, None, length, length, device=CPU), dense)
     blocks = create_block_mask(sees, 2, None, length, length, device=CPU)
-    core = ScaledDotProductAttention(transformer_config(parse_config({"model": {}}).model), 1, None, "self").eval()
+    core = ScaledDotProductAttention(transformer_config(MODEL), 1, None, "self").eval()
     query, key, value = (torch.randn(length, 2, heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
     with torch.no_grad():
         torch.testing.assert_close(core(query, key, value, blocks), core(query, key, value, additive(dense, torch.float32)))
 
 
 def test_who_gets_flex_attention():
-    gpu = torch.device("cuda")
-    assert blockwise(gpu, 128, 0.0, None)
-    assert not any((blockwise(CPU, 128, 0.0, None), blockwise(gpu, 1, 0.0, None), blockwise(gpu, 128, 0.1, None),
-                    blockwise(gpu, 128, 0.0, torch.zeros(1))))
-    own, _ = Masks(True, True)(flowing(segments=SEGMENTS))
+    fits = {"model": MODEL, "device": torch.device("cuda"), "dtype": torch.bfloat16, "queries": 128, "bias": None}
+    assert blockwise(**fits)
+    for change in ({"device": CPU}, {"dtype": torch.float32}, {"queries": 1}, {"bias": torch.zeros(1)},
+                   {"model": ModelConfig(attention_dropout=0.1)}, {"model": ModelConfig(hidden_size=32, num_attention_heads=4)}):
+        assert not blockwise(**fits | change), change
+    own, _ = Masks(MODEL, True, True)(flowing(segments=SEGMENTS))
     assert not isinstance(own, BlockMask)
 
 

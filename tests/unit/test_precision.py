@@ -8,17 +8,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadsl.config.load import parse_config
-from megadsl.model.definition import define_model
 from megadsl.model.init import initialize
 from megadsl.model.precision import DTYPES, prepare_precision
 from megadsl.model.stack import SequentialModel
 from megadsl.parallel.rng import seed_micro_batch
-from megadsl.schemes.run import plan_for_run
+from megadsl.tasks.planning import plan_for_run
+from megadsl.tasks.registry import task_of
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16}
 VARIANTS = {
     "decoder": {"model": {}},
-    "decoder, packed, sinusoidal": {"model": {"position_embedding_type": "sinusoidal"}, "data": {"reset_attention_mask": True}},
+    "decoder, packed, sinusoidal": {"model": {"position_embedding_type": "sinusoidal"}, "task": {"reset_attention_mask": True}},
     "decoder, gated, grouped": {"model": {
         "position_embedding_type": "rope", "activation": "swiglu", "num_query_groups": 2, "qk_layernorm": True,
         "normalization": "RMSNorm", "hidden_dropout": 0.1, "attention_dropout": 0.1}},
@@ -26,7 +26,7 @@ VARIANTS = {
     "decoder, layerscale": {"model": {}, "scheme": "layerscale"},
     "encoder, post-norm": {"model": {
         "family": "encoder", "norm_position": "post", "num_tokentypes": 2, "embedding_layernorm": True},
-        "data": {"sentence_order": True}},
+        "task": {"sentence_order": True}},
     "encoder, relative": {"model": {"family": "encoder", "position_embedding_type": "relative"}},
     "encoder_decoder, relative": {"model": {"family": "encoder_decoder", "position_embedding_type": "relative", "qk_layernorm": True}},
     "recomputed": {"model": {}, "training": {"recompute": True}},
@@ -34,7 +34,8 @@ VARIANTS = {
 
 
 class OnePrecision(TorchDispatchMode):
-    """Collects every operation of a forward pass in which a parameter or buffer, or an operation that is not elementwise, meets two floating dtypes.
+    """Collects every operation of a forward pass in which a parameter or buffer is used, or which is not elementwise, and which
+    meets two floating dtypes.
 
     Elementwise operations promote on every device; kernels such as layer_norm, addmm or attention do not on a GPU.
     """
@@ -77,8 +78,8 @@ def build(sections: dict, precision: str, prepared: bool = True):
     if precision != "fp32":
         values["parallel"] = {"zero_stage": 1}
     config = parse_config(values)
-    definition = define_model(config, plan_for_run(config), 512)
-    model = SequentialModel(definition.entries, definition.loss)
+    definition = task_of(config).define_model(plan_for_run(config), 512)
+    model = SequentialModel(definition.entries)
     if prepared:
         prepare_precision(model, precision)
     initialize(model.canonical_parameters(), 1, 0, 1)
@@ -88,10 +89,7 @@ def build(sections: dict, precision: str, prepared: bool = True):
 
 def batch(definition, length: int = 16) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    shapes = {"prefix_length": (2,), "sentence_order": (2,)}
-    made = {name: torch.randint(0, 2, shapes.get(name, (2, length)), generator=generator)
-            for name in (*definition.inputs, *definition.targets)}
-    return {name: tensor.float() if name == "loss_mask" else tensor for name, tensor in made.items()}
+    return {name: torch.randint(0, 2, (2, length), generator=generator) for name in definition.inputs}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -99,7 +97,7 @@ def test_no_parameter_meets_another_dtype(one_process, variant):
     model, definition = build(VARIANTS[variant], "bf16")
     watch = OnePrecision(model)
     with watch:
-        model(*definition.split(batch(definition)))
+        model(batch(definition))
     assert not watch.mixed
     assert watch.seen == set(watch.names.values()), "every parameter and buffer was met"
 
@@ -109,7 +107,7 @@ def test_the_watch_sees_what_a_gpu_would_refuse(one_process):
     model, definition = build(VARIANTS["decoder"], "bf16", prepared=False)
     watch = OnePrecision(model)
     with watch, torch.no_grad():
-        model(*definition.split(batch(definition)))
+        model(batch(definition))
     assert any("layer_norm" in function for function, *_ in watch.mixed)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from gpu_checks.machine import ROOT, Failed, Machine, Row
 
 FAMILIES = {
-    "decoder": {"data": {}},
+    "decoder": {"task": {"reset_attention_mask": True}},  # packed documents: flex_attention in 16 bits, a dense mask in fp32
     "encoder": {"model": {"family": "encoder", "norm_position": "post", "num_tokentypes": 2, "embedding_layernorm": True},
-                "data": {"sentence_order": True}},
+                "task": {"sentence_order": True}},
     "encoder_decoder": {"model": {"family": "encoder_decoder", "position_embedding_type": "relative"}},
 }
 FALLS_AFTER = 20  # steps
@@ -28,10 +28,10 @@ PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 36
 def family(name: str, machine: Machine) -> Iterator[Row]:
     """Curves on CPU and device, in fp32 and bf16, and the bf16 checkpoint evaluated, sampled and exported."""
     sections = FAMILIES[name]
-    shape, data = sections.get("model", {}), sections.get("data", {})
+    shape, task = sections.get("model", {}), sections.get("task", {})
     names = {kind: f"{name}-{kind}" for kind in ("cpu", "fp32", "bf16")}
-    on_cpu = machine.config(names["cpu"], model=dict(shape), data=dict(data), training={"device": "cpu"})
-    trained = [machine.config(names[kind], model=dict(shape), data=dict(data), training={"precision": kind}) for kind in ("fp32", "bf16")]
+    on_cpu = machine.config(names["cpu"], model=dict(shape), task=dict(task), training={"device": "cpu"})
+    trained = [machine.config(names[kind], model=dict(shape), task=dict(task), training={"precision": kind}) for kind in ("fp32", "bf16")]
     run = str(machine.folder / "runs" / names["bf16"])
     tokens = str(40 * machine.size.seq_length)
     evaluate = ["evaluate", run, "--data", str(machine.folder / "dataset"), "--max-tokens", tokens, "--json"]
@@ -172,6 +172,24 @@ def layouts(machine: Machine) -> Iterator[Row]:
         yield Row("", f"{name} on 2 devices against 1", f"{apart:.1e} apart", "<= 5e-3", apart <= 5e-3)
 
 
+def attention(machine: Machine) -> Iterator[Row]:
+    """Packed documents: flex_attention gives what the dense mask gives, and no layer keeps a mask of its own."""
+    settings = machine.size.attention
+    found = json.loads(machine.session("attention", [["attention", machine.device, json.dumps(settings)]]).results()[0])
+    differences = [found[name] for name in ("outputs_apart", "gradients_apart") if name in found]
+    yield Row("", "packed documents: flex_attention against a dense mask", ", ".join(f"{one:.1e}" for one in differences) +
+              f" apart (without a mask {found['masked_apart']:.1e})", "<= 1e-2", max(differences) <= 1e-2 < found["masked_apart"])
+    if machine.device != "cuda":
+        yield Row("", "memory of masks", "not run", "needs a GPU")
+        return
+    one_mask = settings["batch"] * settings["seq_length"] ** 2 * 2
+    extra = (found["bytes_dense"] - found["bytes_none"]) / one_mask
+    gib = ", ".join(f"{kind} {found[f'bytes_{kind}'] / 2**30:.2f} GiB {1e3 * found[f'seconds_{kind}']:.0f} ms"
+                    for kind in ("none", "dense", "blockwise"))
+    yield Row("", f"{settings['layers']} layers x {settings['seq_length']} tokens: memory of masks",
+              f"{gib}; dense keeps {extra:.1f} masks more", f"< {settings['layers'] // 2} masks", extra < settings["layers"] // 2)
+
+
 def speed(machine: Machine) -> Iterator[Row]:
     """Step time of dslm over vanilla and over stock Megatron-core, tokens/s and MFU, one device."""
     for settings in machine.size.speed:
@@ -182,9 +200,9 @@ def speed(machine: Machine) -> Iterator[Row]:
         for name, words, limit in (("dslm_over_vanilla", "step time dslm / vanilla", 1.05),
                                    ("vanilla_over_stock", "step time vanilla / stock Megatron-core", 1.1)):
             yield Row("", f"{shape}: {words}", f"{found[name]:.3f}", f"<= {limit}", found[name] <= limit if timed else None)
-        yield Row("", f"{shape}: model alone, {settings['precision']}", f"{found['tokens_per_second']:,.0f} tokens/s, "
-                  f"{found['tflops']:.3g} TFLOP/s{mfu(machine, found['tflops'])}, {100 * found['share_of_gemm']:.0f} % of a matrix product's "
-                  f"{found['gemm_tflops']:.3g}")
+        rates = f"{found['tokens_per_second']:,.0f} tokens/s, {found['tflops']:.3g} TFLOP/s{mfu(machine, found['tflops'])}"
+        share = f"{100 * found['share_of_gemm']:.0f} % of a matrix product's {found['gemm_tflops']:.3g}"
+        yield Row("", f"{shape}: model alone, {settings['precision']}", f"{rates}, {share}")
 
 
 def throughput(machine: Machine) -> Iterator[Row]:
@@ -209,6 +227,7 @@ def mfu(machine: Machine, tflops: float) -> str:
 
 CHECKS: dict[str, Callable[[Machine], Iterator[Row]]] = {
     **{name: partial(family, name) for name in FAMILIES}, "moments": moments, "resume": resume, "local-rank": one_visible_gpu,
+    "attention": attention,
     "layouts": layouts, "speed": speed, "throughput": throughput,
 }
-TIMED = ("speed", "throughput")  # these run alone
+TIMED = ("attention", "speed", "throughput")  # these run alone

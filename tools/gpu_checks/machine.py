@@ -39,6 +39,7 @@ class Size:
     seeds: int
     deep: dict[str, list[str]]           # overrides of the two configs whose moments are measured
     speed: tuple[dict, ...]              # arguments of speed.measure
+    attention: dict                      # arguments of attention.compare
     throughput: dict[str, int] | None    # model section of the run whose tokens/s are reported
     exported: tuple[str, ...]            # families
     workers: int                         # checks that run beside each other (none beside those that time)
@@ -52,6 +53,7 @@ FULL = Size(
         {"layers": 192, "hidden": 256, "heads": 4, "seq_length": 512, "batch": 8, "vocab_size": 8192, "pairs": 10, "gemm": 8192,
          "precision": "bf16"},
     ),
+    attention={"seq_length": 4096, "batch": 4, "heads": 16, "head_dim": 64, "layers": 8, "precision": "bf16"},
     throughput={"num_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "seq_length": 1024},
     exported=("decoder", "encoder", "encoder_decoder"), workers=3,
 )
@@ -60,6 +62,7 @@ SMALL = Size(
     deep={"decoder-192": ["model.num_layers=6", "model.seq_length=32"], "decoder-1000": ["model.num_layers=8", "model.seq_length=32"]},
     speed=({"layers": 2, "hidden": 32, "heads": 2, "seq_length": 32, "batch": 2, "vocab_size": 128, "pairs": 3, "gemm": 256,
             "precision": "fp32"},),
+    attention={"seq_length": 160, "batch": 2, "heads": 2, "head_dim": 16, "layers": 2, "precision": "fp32"},
     throughput=None, exported=("decoder",), workers=2,
 )
 

@@ -2,9 +2,10 @@
 
     PYTHONPATH=tools python -m gpu_checks.session JOBS.json RESULTS.json
 
-JOBS.json is a list of command lines (lists of words); besides megadsl's verbs there are `facts DEVICE` (what the machine is) and
-`speed DEVICE JSON` (speed.py). After every command RESULTS.json is written anew, a list of {"output", "error",
-"seconds"}: what a crash leaves behind is what was done. One process takes one device, chosen by its first command.
+JOBS.json is a list of command lines (lists of words); besides megadsl's verbs there are `facts DEVICE` (what the machine is),
+`speed DEVICE JSON` (speed.py) and `attention DEVICE JSON` (attention.py). After every command RESULTS.json is written anew, a list
+of {"output", "error", "seconds"}: what a crash leaves behind is what was done. One process takes one device, chosen by its first
+command.
 """
 
 import contextlib
@@ -44,6 +45,10 @@ def execute(words: list[str]) -> None:
         from gpu_checks.speed import measure
 
         print(json.dumps(measure(words[1], **json.loads(words[2]))))
+    elif words[0] == "attention":
+        from gpu_checks.attention import compare
+
+        print(json.dumps(compare(words[1], **json.loads(words[2]))))
     else:
         from megadsl.cli.main import app
 

@@ -2,7 +2,7 @@
 
 The three models have one shape and take turns step by step (forward, backward, fused AdamW) on the same batch; ratios are medians
 over the pairs. The stock model has Megatron-core's local layers with our core attention (torch's SDPA), because its own unfused
-attention would be compared otherwise. FLOPs are the matrix multiplications of megadsl/monitor/throughput.py; the peak they are
+attention would be compared otherwise. FLOPs are the matrix multiplications of megadsl/model/flops.py; the peak they are
 held against is a large matrix product timed in the same process.
 
 Shape letters: b batch, s sequence, v vocabulary.
@@ -25,7 +25,7 @@ WARM_UP = 2  # steps that are not counted: kernels are compiled and tuned in the
 def measure(device_name: str, layers: int, hidden: int, heads: int, seq_length: int, batch: int, vocab_size: int, pairs: int,
             gemm: int, precision: str) -> dict[str, float]:
     """Seconds, ratios and rates by name; `gemm` is the side of the square matrices that the peak is measured with."""
-    from megadsl.monitor.throughput import training_flops
+    from megadsl.model.flops import training_flops
     from megadsl.parallel.groups import initialize_groups
     from megadsl.parallel.launch import Launch
     from megadsl.parallel.rng import seed_micro_batch
@@ -51,7 +51,7 @@ def measure(device_name: str, layers: int, hidden: int, heads: int, seq_length: 
             if pair >= WARM_UP:
                 seconds[name].append(taken)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    flops = batch * training_flops(configs["dslm"].model, vocab_size)
+    flops = batch * training_flops(configs["dslm"].model, seq_length * hidden * vocab_size)
     peak = gemm_flops_per_second(gemm, device, configs["dslm"])
     return {
         **{f"seconds_{name}": value for name, value in median.items()},
@@ -63,19 +63,20 @@ def measure(device_name: str, layers: int, hidden: int, heads: int, seq_length: 
 
 def ours(config: Config, vocab_size: int, device: torch.device, inputs: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     """One training step of our model on this batch."""
-    from megadsl.model.definition import define_model
     from megadsl.model.init import initialize
     from megadsl.model.precision import prepare_precision
     from megadsl.model.stack import SequentialModel
-    from megadsl.schemes.run import plan_for_run
+    from megadsl.tasks.planning import plan_for_run
+    from megadsl.tasks.registry import task_of
 
-    definition = define_model(config, plan_for_run(config), vocab_size)
-    model = SequentialModel(definition.entries, definition.loss)
+    task = task_of(config)
+    definition = task.define_model(plan_for_run(config), vocab_size)
+    model = SequentialModel(definition.entries)
     prepare_precision(model, config.training.precision)
     initialize(model.canonical_parameters(), 1, 0, 1)
     model.to(device).train()
-    values, targets = definition.split({"tokens": inputs, "labels": labels, "loss_mask": torch.ones_like(labels, dtype=torch.float32)})
-    return step(model, lambda: model(values, targets))
+    targets = {"labels": labels, "loss_mask": torch.ones_like(labels, dtype=torch.float32)}
+    return step(model, lambda: task.loss(model({"tokens": inputs}), targets)[0] / labels.numel())
 
 
 def stock(config: Config, vocab_size: int, device: torch.device, inputs: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
