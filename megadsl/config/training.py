@@ -41,6 +41,9 @@ class TrainingConfig(Section):
     seed: int = Field(1234, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    deterministic: bool = Field(
+        False, description="the same bits in every run on the same GPUs, by slower kernels (a CPU needs none)"
+    )
     recompute: bool = Field(False, description="recompute every layer's activations in the backward pass")
     eval_interval: int = Field(100, ge=0, description="validate every so many iterations; 0: only at the end")
     eval_iters: int = Field(10, ge=0, description="global batches per validation; 0: no validation")

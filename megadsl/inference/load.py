@@ -14,6 +14,7 @@ from megadsl.errors import UserError
 from megadsl.model.activations import Activations
 from megadsl.model.definition import ModelDefinition
 from megadsl.model.init import tag_of
+from megadsl.model.precision import prepare_precision
 from megadsl.model.stack import SequentialModel
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import initialize_groups
@@ -81,6 +82,7 @@ def load_model(checkpoint: Checkpoint, config: Config, define: Callable[[], Mode
     initialize_groups(launch, topology, device)
     definition = define()
     network, coordinate = SequentialModel(definition.entries), topology.coordinate(launch.rank)
+    prepare_precision(network, config.training.precision)
     _fill(network, checkpoint, coordinate, topology)
     tokenizer = Tokenizer.load(checkpoint.tokenizer) if checkpoint.tokenizer.is_file() else None
     return TrainedModel(config, definition, network.to(device).eval(), tokenizer, device, topology, coordinate)

@@ -18,7 +18,7 @@ from megadsl.model.embedding import EmbeddingSum, RelativePositions, TargetWords
 from megadsl.model.head import MaskedHead, OutputBias, OutputHead, TiedHead
 from megadsl.model.init import tag_norm
 from megadsl.model.layer import ACTIVATIONS, Layer, transformer_config
-from megadsl.model.masks import Remembered, attention_mask
+from megadsl.model.masks import Masks
 from megadsl.model.stack import LayerEntry
 from megadsl.schemes.plan import SignalPlan
 
@@ -83,7 +83,7 @@ class ModelBuilder:
             entries.append(LayerEntry(f"{stack}.relative_position", partial(
                 RelativePositions, self.model, self.tensor_parallel_size, causal)))
             takes = (*takes, "position_bias")
-        masks = Masks(causal, isolated)
+        masks = Masks(self.model, causal, isolated)
         rotary = self._rotary() if self.model.position_embedding_type == "rope" else None
         entries += [
             LayerEntry(f"{stack}.{index}", partial(
@@ -118,30 +118,6 @@ class ModelBuilder:
         # One for all layers of a stack: it remembers the angles of a length.
         return RotaryEmbedding(self.model.head_dim, rotary_percent=1.0, rotary_base=self.model.rotary_base,
                                use_cpu_initialization=True)
-
-
-class Masks:
-    """Activations -> the masks of self- and cross-attention of a stack's layers.
-
-    Args:
-        causal: a decoder's stack.
-        isolated: documents packed into one sequence do not see each other. (Padding is never seen.)
-    """
-
-    def __init__(self, causal: bool, isolated: bool):
-        self.causal, self.isolated = causal, isolated
-        self._own, self._memory = Remembered(attention_mask), Remembered(attention_mask)
-
-    def __call__(self, value: Activations) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        length, device, biased = value.hidden.size(0), value.hidden.device, "position_bias" in value
-        segments = value.get("segments") if self.isolated else None
-        source = value.get("source_segments")
-        if "memory" in value:
-            memory = self._memory(False, length, device, source)
-        else:
-            memory, segments = None, segments if source is None else source
-        own = self._own(self.causal, length, device, segments, segments, value.get("prefix_length"), biased)
-        return own, memory
 
 
 class StackEnd(torch.nn.Module):

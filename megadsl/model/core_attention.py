@@ -1,11 +1,12 @@
-"""Core attention on torch's scaled_dot_product_attention, which picks a fused kernel where there is one, and
-cross-attention over the encoder's memory.
+"""Core attention on torch's scaled_dot_product_attention, which picks a fused kernel where there is one, or on flex_attention
+where the mask is a BlockMask (masks.py chooses), and cross-attention over the encoder's memory.
 
 The core replaces Megatron-core's DotProductAttention through the layer spec; the projections stay Megatron's.
 Shape letters: s query length, t key length, b micro-batch, n heads and g query groups of this rank, d head size.
 """
 
 import copy
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,11 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import CrossAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 class ScaledDotProductAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(d) + bias) v, causal or with a boolean mask (True: masked out)."""
+    """softmax(q k^T / sqrt(d) + mask) v; without a mask causal or full, as the layer's kind of attention is."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None,
                  pg_collection=None):
@@ -26,18 +28,18 @@ class ScaledDotProductAttention(torch.nn.Module):
 
     def forward(self, query, key, value, attention_mask, /, *, attn_mask_type=None, attention_bias=None,
                 packed_seq_params=None):
-        """query [s, b, n, d], key and value [t, b, g, d], mask [b or 1, 1, s, t], bias [1, n, s, t] -> [s, b, n * d]."""
+        """query [s, b, n, d], key and value [t, b, g, d], mask a BlockMask or added to scores [b, n, s, t] -> [s, b, n * d]."""
         if packed_seq_params is not None:
             raise NotImplementedError("Megatron's packed sequences are not supported; segments are (megadsl/model/masks.py)")
-        dropout = self.dropout if self.training else 0.0
-        mask = None if attention_mask is None else ~attention_mask
         if attention_bias is not None:
-            mask = attention_bias if mask is None else attention_bias.masked_fill(attention_mask, -torch.inf)
-        arguments = dict(
-            attn_mask=mask, is_causal=mask is None and attn_mask_type == AttnMaskType.causal and query.size(0) > 1,
-            scale=self.softmax_scale, enable_gqa=query.size(2) != key.size(2),
-        )
+            raise NotImplementedError("a bias on scores is part of the mask (megadsl/model/masks.py)")
+        dropout = self.dropout if self.training else 0.0
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        arguments = {"scale": self.softmax_scale, "enable_gqa": query.size(2) != key.size(2)}
+        if isinstance(attention_mask, BlockMask):
+            return _blockwise(q, k, v, block_mask=attention_mask, **arguments).permute(2, 0, 1, 3).flatten(2)
+        arguments["attn_mask"] = attention_mask
+        arguments["is_causal"] = attention_mask is None and attn_mask_type == AttnMaskType.causal and query.size(0) > 1
         if dropout:
             # Heads are sharded over tensor-parallel ranks, so their masks must differ from rank to rank.
             with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -45,6 +47,17 @@ class ScaledDotProductAttention(torch.nn.Module):
         else:
             context = F.scaled_dot_product_attention(q, k, v, **arguments)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _blockwise(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments) -> torch.Tensor:
+    # Compiled it is one kernel; as it stands it writes every score out, which a CPU does for the tests.
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    return attend(query, key, value, **arguments)
+
+
+@cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
 
 
 class MemoryAttention(CrossAttention):

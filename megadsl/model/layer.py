@@ -20,7 +20,10 @@ from megadsl.config.model import ModelConfig
 from megadsl.model.activations import Activations
 from megadsl.model.core_attention import MemoryAttention, ScaledDotProductAttention
 from megadsl.model.init import ParameterTag, tag, tag_norm
+from megadsl.model.masks import Mask
+from megadsl.model.precision import DTYPES
 from megadsl.model.residual import ResidualConnection
+from megadsl.parallel.device import on_gpu
 from megadsl.schemes.plan import SublayerPlan
 
 
@@ -32,7 +35,6 @@ ACTIVATIONS = {
     "relu": F.relu, "gelu": F.gelu, "tanh_gelu": partial(F.gelu, approximate="tanh"), "silu": F.silu,
     "squared_relu": _squared_relu, "swiglu": F.silu, "geglu": F.gelu,
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def transformer_config(model: ModelConfig, tensor_parallel_size: int = 1, precision: str = "fp32") -> TransformerConfig:
@@ -51,7 +53,7 @@ def transformer_config(model: ModelConfig, tensor_parallel_size: int = 1, precis
         fp16=precision == "fp16", bf16=precision == "bf16",
         use_cpu_initialization=True, perform_initialization=False,
         # The fused kernels are compiled for the GPU; megatron's fused GELU is the tanh approximation, so it stays off.
-        bias_dropout_fusion=torch.cuda.is_available(), bias_activation_fusion=False,
+        bias_dropout_fusion=on_gpu(), bias_activation_fusion=False,
     )
 
 
@@ -138,23 +140,24 @@ class Layer(torch.nn.Module):
         _tag_layer(self.layer, model, sublayers)
 
     def forward(self, value: Activations, inference_context=None) -> Activations:
-        if self.recompute and self.training:
-            # Megatron's checkpoint, not torch's: it restores the tensor-parallel generators, so masks are drawn again.
-            # It passes tensors only, so the names are bound and the tensors are arguments.
-            run = partial(self._run_again, tuple(value))
-            return value.replace(hidden=tensor_parallel.checkpoint(run, False, *value.values()))
-        return value.replace(hidden=self._run(value, inference_context))
+        masks, hidden, memory = self.masks(value), value.hidden, value.get("memory")
+        if not (self.recompute and self.training):
+            return value.replace(hidden=self._run(hidden, memory, *masks, inference_context))
+        # Megatron's checkpoint, not torch's: it restores the tensor-parallel generators, so dropout masks are drawn again.
+        # Attention masks are given to it, so that they are not made again. It takes tensors only: a BlockMask is bound.
+        tensors = [one if isinstance(one, torch.Tensor) else None for one in masks]
+        run = partial(self._run_again, [None if isinstance(one, torch.Tensor) else one for one in masks])
+        return value.replace(hidden=tensor_parallel.checkpoint(run, False, hidden, memory, *tensors))
 
-    def _run_again(self, names: tuple[str, ...], *tensors: torch.Tensor) -> torch.Tensor:
-        return self._run(Activations(zip(names, tensors, strict=True)))
+    def _run_again(self, bound: list[Mask | None], hidden: torch.Tensor, memory: torch.Tensor | None, *tensors) -> torch.Tensor:
+        return self._run(hidden, memory, *(tensor if one is None else one for one, tensor in zip(bound, tensors, strict=True)))
 
-    def _run(self, value: Activations, inference_context=None) -> torch.Tensor:
-        mask, memory_mask = self.masks(value)
-        length = value.hidden.size(0) if inference_context is None else inference_context.max_sequence_length
+    def _run(self, hidden: torch.Tensor, memory: torch.Tensor | None, mask: Mask | None, memory_mask: Mask | None,
+             inference_context=None) -> torch.Tensor:
+        length = hidden.size(0) if inference_context is None else inference_context.max_sequence_length
         return self.layer(
-            value.hidden, attention_mask=mask, context=value.get("memory"), context_mask=memory_mask,
-            rotary_pos_emb=None if self.rotary is None else self.rotary(length),
-            attention_bias=value.get("position_bias"), inference_context=inference_context,
+            hidden, attention_mask=mask, context=memory, context_mask=memory_mask,
+            rotary_pos_emb=None if self.rotary is None else self.rotary(length), inference_context=inference_context,
         )[0]
 
 

@@ -8,6 +8,7 @@ import torch
 from megadsl.config import Config
 from megadsl.data.sampler import MicroBatches
 from megadsl.model.init import initialize
+from megadsl.model.precision import prepare_precision
 from megadsl.model.stack import SequentialModel
 from megadsl.monitor.probes import StreamProbes, residual_connections
 from megadsl.parallel.device import prepare_device
@@ -33,6 +34,7 @@ def measure_at_init(config: Config, plan: SignalPlan, num_seeds: int) -> list[St
         initialize_groups(Launch.alone(), Topology(1, 1, 1), device)
     definition = task.define_model(plan)
     network = SequentialModel(definition.entries)
+    prepare_precision(network, config.training.precision)
     network.to(device).train()
     modules = {entry.name: module for entry, module in network.calls()}
     watched = [modules[definition.embedding], *residual_connections(network), modules["final_norm"]]

@@ -56,15 +56,22 @@ with _compilation_deferred(), _collector_off():
     import megatron.core  # noqa: F401, E402
 
 
-def prepare_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """Choose the device of this process and make Megatron-core work on it. Call before it is used, and before DeepSpeed is imported."""
+def prepare_device(name: str = "auto", local_rank: int = 0, deterministic: bool = False) -> torch.device:
+    """Choose the device of this process and make Megatron-core work on it. Call before it is used, and before DeepSpeed is imported.
+
+    Args:
+        name: auto, cpu or cuda.
+        local_rank: of this process on its machine.
+        deterministic: equal inputs give equal bits; an operation that has no such kernel raises.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"There is no device '{name}'; it is auto, cpu or cuda (the launcher decides which GPU).")
+    _choose_kernels(deterministic)
     kind = name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("training.device is cuda, but torch finds no GPU; set training.device=auto or cpu.")
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device_ordinal(local_rank, torch.cuda.device_count()))
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         # DeepSpeed decides at import; without this it would take the GPU of a machine that has one.
@@ -78,6 +85,20 @@ def prepare_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     elif _state["prepared"] != kind:
         raise RuntimeError(f"this process already runs on {_state['prepared']}, it cannot change to {kind}")
     return device
+
+
+def device_ordinal(local_rank: int, visible: int) -> int:
+    """Which of the `visible` GPUs of this process is its own: the only place where a local rank becomes a device.
+
+    A launcher shows every process all GPUs of the machine, so that they are numbered like the local ranks, or each process its
+    share alone (srun --gpus-per-task=1), so that every process counts from 0.
+    """
+    return local_rank % visible
+
+
+def on_gpu() -> bool:
+    """Whether this process was prepared for a GPU. A machine may have one that the run does not use (training.device=cpu)."""
+    return _state["prepared"] == "cuda"
 
 
 def communication_backend(device: torch.device) -> str:
@@ -117,6 +138,13 @@ def _arrived(batch: dict[str, torch.Tensor], copied: "torch.cuda.Event") -> dict
     for tensor in batch.values():
         tensor.record_stream(current)
     return batch
+
+
+def _choose_kernels(deterministic: bool) -> None:
+    if deterministic:
+        # cuBLAS reads it when it is first used; with its default workspace, streams may share one and add in another order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def prepare_deepspeed(device: torch.device) -> None:

@@ -17,7 +17,7 @@ def initialize_groups(launch: Launch, topology: Topology, device: torch.device, 
 
     Training calls join_deepspeed as well; what only runs a model pays no seconds for importing DeepSpeed.
     """
-    launch.export()
+    launch.export(device.index)
     if not dist.is_initialized():
         # One process has nobody to meet: a store in its memory, so that no port can be taken by somebody else.
         meeting_place = {"store": dist.HashStore()} if launch.world_size == 1 else {}

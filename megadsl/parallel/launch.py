@@ -15,6 +15,7 @@ from megadsl.errors import UserError
 
 # The variables in which mpirun tells a process its rank and size: Open MPI's, MPICH's and Intel MPI's.
 _MPI_NAMES = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+_OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,19 @@ class Launch:
         """One process, whatever launcher started it. It needs no port (groups.py)."""
         return cls(0, 1, 0, "127.0.0.1", 0, "one process")
 
-    def export(self) -> None:
-        """Set the variables that torch.distributed and DeepSpeed read."""
+    def export(self, device_index: int | None = None) -> None:
+        """Set the variables that torch.distributed and DeepSpeed read.
+
+        DeepSpeed takes LOCAL_RANK for the number of the GPU (engine, PipelineModule, ZeRO 3): where there is one, that is
+        `device_index`, which differs from the local rank if the launcher shows each process its own GPU alone.
+        """
+        local_rank = str(self.local_rank if device_index is None else device_index)
         os.environ.update(
-            RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.local_rank),
-            MASTER_ADDR=self.master_addr, MASTER_PORT=str(self.master_port),
+            RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=local_rank, MASTER_ADDR=self.master_addr,
+            MASTER_PORT=str(self.master_port),
         )
+        if _OPEN_MPI_LOCAL_RANK in os.environ:
+            os.environ[_OPEN_MPI_LOCAL_RANK] = local_rank  # DeepSpeed asserts that the two are equal
 
 
 @dataclass(frozen=True)

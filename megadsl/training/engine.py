@@ -20,6 +20,7 @@ from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
 from megadsl.model.activations import Activations
 from megadsl.model.init import ParameterTag, initialize, tag_of
+from megadsl.model.precision import prepare_precision
 from megadsl.model.stack import SequentialModel, build_pipeline
 from megadsl.parallel.device import ahead_on_device
 from megadsl.parallel.groups import DeepSpeedMpu, join_deepspeed, sum_over_data_ranks, sum_over_replicas_and_stages, tensor_group
@@ -79,6 +80,7 @@ class Engine:
             self.model = build_pipeline(self.definition.entries, self.definition.inputs, self._loss, topology)
         else:
             self.model = SequentialModel(self.definition.entries)
+        prepare_precision(self.model, config.training.precision)
         drawn = ((name, parameter) for name, parameter in self.model.canonical_parameters() if name not in filled)
         initialize(drawn, config.training.seed, coordinate.tensor, topology.tensor)
         self.model.register_forward_pre_hook(self._seed_forward)

@@ -50,7 +50,7 @@ def train(config: Config, ready: Preflight | None = None, stop: Stop | None = No
             iterations in a row were not finite.
     """
     ready = ready or preflight(config)
-    device = prepare_device(config.training.device, ready.launch.local_rank)
+    device = prepare_device(config.training.device, ready.launch.local_rank, config.training.deterministic)
     initialize_groups(ready.launch, ready.topology, device, config.parallel.timeout_minutes)
     try:
         with lost_ranks_are_a_sentence(ready.launch.rank, Path(config.training.run_dir)):

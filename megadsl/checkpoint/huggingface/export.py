@@ -29,7 +29,7 @@ from megadsl.checkpoint.export_source import ExportSource
 from megadsl.config.model import ModelConfig
 from megadsl.errors import UserError
 from megadsl.model.embedding import sinusoid
-from megadsl.model.layer import DTYPES
+from megadsl.model.precision import DTYPES
 from megadsl.schemes.plan import SignalPlan
 
 ARCHITECTURES = {architecture.name: architecture for architecture in (GPT2, LLAMA, BERT, MEGATRON_BERT, T5, BART, MBART)}
