@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
 from megadsl.model.definition import ModelDefinition
-from megadsl.model.init import initialize
+from megadsl.model.init import initialize, leave_to_checkpoint
 from megadsl.model.stack import SequentialModel, build_pipeline
 from megadsl.parallel.groups import DeepSpeedMpu, data_group, tensor_group
 from megadsl.parallel.rng import seed_micro_batch
@@ -38,10 +38,10 @@ class StepResult:
 
 
 class Engine:
-    """A model under DeepSpeed. Make it after the process groups exist."""
+    """A model under DeepSpeed. Make it after the process groups exist; initialize_weights False: the state is loaded next."""
 
     def __init__(self, config: Config, definition: ModelDefinition, topology: Topology, coordinate: Coordinate,
-                 device: torch.device):
+                 device: torch.device, initialize_weights: bool = True):
         self.config, self.topology, self.coordinate, self.device = config, topology, coordinate, device
         self.definition = definition
         self.pipelined = topology.pipeline > 1
@@ -50,7 +50,10 @@ class Engine:
             self.model = build_pipeline(definition.entries, definition.loss, topology)
         else:
             self.model = SequentialModel(definition.entries, definition.loss)
-        initialize(self.model.canonical_parameters(), config.training.seed, coordinate.tensor, topology.tensor)
+        if initialize_weights:
+            initialize(self.model.canonical_parameters(), config.training.seed, coordinate.tensor, topology.tensor)
+        else:
+            leave_to_checkpoint(self.model.canonical_parameters())
         self.model.register_forward_pre_hook(self._seed_forward)
         self._parameters = list(self.model.parameters())
         self._forwards = 0

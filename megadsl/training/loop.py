@@ -95,7 +95,8 @@ class Run:
         )
         self.plan = checkpoint.plan() if checkpoint else ready.plan
         self.engine = Engine(
-            config, define_model(config, self.plan, self.padded_vocab_size), topology, self.coordinate, device
+            config, define_model(config, self.plan, self.padded_vocab_size), topology, self.coordinate, device,
+            initialize_weights=not (checkpoint or ready.initial),
         )
         if checkpoint:
             load_state(self.engine.state, checkpoint)
