@@ -35,29 +35,28 @@ def serve(layers: int, hidden: int, seq_length: int, batch: int) -> None:
     import torch
 
     from megadsl.config.load import parse_config
-    from megadsl.model.definition import define_model
     from megadsl.model.init import initialize
     from megadsl.model.stack import SequentialModel
     from megadsl.parallel.device import prepare_device
     from megadsl.parallel.groups import initialize_groups
     from megadsl.parallel.launch import Launch
     from megadsl.parallel.topology import Topology
-    from megadsl.schemes.run import plan_for_run
+    from megadsl.tasks.planning import plan_for_run
+    from megadsl.tasks.registry import task_of
 
     initialize_groups(Launch.alone(), Topology(1, 1, 1), prepare_device("cpu"))
     config = parse_config({"model": {
         "num_layers": layers, "hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "seq_length": seq_length,
     }})
-    definition = define_model(config, plan_for_run(config), 2048)
-    model = SequentialModel(definition.entries, definition.loss).eval()
+    model = SequentialModel(task_of(config).define_model(plan_for_run(config), 2048).entries).eval()
     initialize(model.canonical_parameters(), 1, 0, 1)
     tokens = torch.randint(0, 2048, (batch, seq_length), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        model(tokens)
+        model({"tokens": tokens})
         print("ready", flush=True)
         for _ in sys.stdin:
             begun = time.perf_counter()
-            model(tokens)
+            model({"tokens": tokens})
             print(time.perf_counter() - begun, flush=True)
 
 

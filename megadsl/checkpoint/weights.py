@@ -74,13 +74,18 @@ def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> FileRecord:
 
 
 class TensorReader:
-    """Tensors of a checkpoint, read one by one; nothing but what is asked for gets into memory. A context manager."""
+    """Tensors of a checkpoint, read one by one; nothing but what is asked for gets into memory. A context manager.
+
+    Attributes:
+        bytes_read: of the tensors that were asked for.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self._files = {kind: manifest.tensor_files(kind) for kind in KINDS}
         self._open: dict[str, safe_open] = {}
         self._stack = ExitStack()
+        self.bytes_read = 0
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -97,14 +102,16 @@ class TensorReader:
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
         """The full tensor."""
-        return self.rows(kind, name, 0, None)
+        return self.part(kind, name, ())
 
-    def rows(self, kind: str, name: str, first: int, end: int | None) -> torch.Tensor:
-        """Rows [first, end) of the full tensor; no others are read."""
+    def part(self, kind: str, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """full[index]; of its first dimension nothing else is read (of the others, nothing beyond pages of memory)."""
         try:
-            return self._slice(kind, name)[first:end]
+            tensor = self._slice(kind, name)[index if index else ...]
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.folder / self._files[kind][name]} cannot be read ({error}); use another checkpoint.") from error
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
 
     def _slice(self, kind: str, name: str):
         if name not in self._files[kind]:

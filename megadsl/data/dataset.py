@@ -3,6 +3,7 @@
     DIR/train.bin .idx   validation.bin .idx   test.bin .idx     token ids, one sequence a document, eod at its end
     DIR/tokenizer.model                                          the tokenizer that made it
     DIR/stats.json                                               token statistics (statistics.py)
+    DIR/index/                                                   where samples begin, per run's seed and lengths (index_cache.py)
     DIR/dataset.json                                             written last: without it the folder is no dataset
 """
 
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from megadsl.data.atomic_files import read_json, sizes_match
 from megadsl.errors import UserError
 
-MANIFEST, STATISTICS, TOKENIZER = "dataset.json", "stats.json", "tokenizer.model"
+MANIFEST, STATISTICS, TOKENIZER, INDEX = "dataset.json", "stats.json", "tokenizer.model", "index"
 FORMAT = 1
 _KEYS = {"file_bytes", "splits", "tokenizer_sha256"}
 

@@ -29,7 +29,7 @@ import numpy as np
 
 import megadsl
 from megadsl.data.corpus import SPLITS, build_corpus, load_corpus, read_lines, read_split
-from megadsl.data.dataset import FORMAT, MANIFEST, STATISTICS, TOKENIZER
+from megadsl.data.dataset import INDEX, FORMAT, MANIFEST, STATISTICS, TOKENIZER
 from megadsl.data.atomic_files import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
 from megadsl.data.progress_bar import progress
 from megadsl.data.tokenizer import Tokenizer
@@ -108,6 +108,7 @@ def _prepare(corpus: Path, tokenizer_model: Path, output: Path) -> _Job:
             raise UserError(f"The train split of {corpus} is empty; make the corpus from more text.")
         make_folder(output)
         (output / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(output / INDEX, ignore_errors=True)
         with written_atomically(output / TOKENIZER) as temporary:
             shutil.copyfile(tokenizer_model, temporary)
     return _Job(

@@ -8,6 +8,7 @@ it asks of a tokenizer only the ids of pad and of a document's end, and it needs
 import logging
 import sys
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,26 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from megadsl.data.atomic_files import fingerprint
 from megadsl.data.dataset import Window, require_tokens
+from megadsl.data.index_cache import cached_arrays
 from megadsl.data.tokenizer import Tokenizer
 
 _MEGATRON_SPLITS = {"train": Split.train, "validation": Split.valid, "test": Split.test}
-# Megatron warns once per dataset that its index is not cached on disk; here that is meant (see _config).
+# Megatron warns once per dataset that its own cache is off; here that is meant (see _config).
 logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
+
+
+class _Epoch(GPTDataset):
+    """GPTDataset whose index is cached and mapped (index_cache.py)."""
+
+    def __init__(self, folder: Path, key: dict, *arguments):
+        self._folder, self._key = folder, key
+        super().__init__(*arguments)
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
+        parts = ("document_index", "sample_index", "shuffle_index")
+        return cached_arrays(self._folder, self._key["split"], self._key, parts, super()._build_document_sample_shuffle_indices)
 
 
 class Windows(torch.utils.data.Dataset):
@@ -34,7 +49,12 @@ class Windows(torch.utils.data.Dataset):
         config = _config(prefix, window, seed, tokenizer)
         indexed = GPTDataset.build_low_level_dataset(prefix, config)
         documents = np.arange(len(indexed), dtype=np.int32)
-        self._epoch = GPTDataset(indexed, prefix, documents, None, _MEGATRON_SPLITS[split], config)
+        self.folder = folder
+        self.index_key = {
+            "dataset": fingerprint(manifest), "split": split, "window": list(window), "seed": config.random_seed,
+            "megatron": version("megatron-core"),
+        }
+        self._epoch = _Epoch(folder, self.index_key, indexed, prefix, documents, None, _MEGATRON_SPLITS[split], config)
         self._seed = seed
         self._overlap = window.overlap
         self.samples_per_epoch = len(self._epoch)
@@ -68,13 +88,16 @@ class Blend(BlendedDataset):
         super().__init__(parts, weights, size, parts[0].config)
         self.samples_per_epoch = sum(part.samples_per_epoch for part in parts)
 
+    def _build_indices(self) -> tuple[np.ndarray, ...]:
+        key = {"parts": [part.index_key for part in self.datasets], "weights": self.weights, "size": self.size}
+        parts = ("dataset_index", "dataset_sample_index")
+        return cached_arrays(self.datasets[0].folder, f"blend-{key['parts'][0]['split']}", key, parts, super()._build_indices)
+
 
 def _config(prefix: str, window: Window, seed: int, tokenizer: Tokenizer) -> GPTDatasetConfig:
     return GPTDatasetConfig(
         random_seed=seed % 2**32, sequence_length=window.length, add_extra_token_to_sequence=bool(window.overlap),
         tokenizer=tokenizer, blend=([prefix], None), split="1",
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-        # Not None, which would put cache files into the dataset folder, where ranks could race for them: an empty path
-        # keeps the index in memory (0.2 s for 50 M tokens), and every rank builds the same one.
-        path_to_cache="",
+        path_to_cache="",  # none of Megatron's own (index_cache.py says why); None would not mean that
     )

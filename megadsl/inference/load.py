@@ -99,6 +99,7 @@ def _fill(network: SequentialModel, checkpoint: Checkpoint, coordinate: Coordina
             tag, shape = tag_of(name, parameter), reader.shape("weights", name)
             if shape != tag.full_shape:
                 raise UserError(f"{checkpoint.path}: {name} has shape {shape}, the model wants {tag.full_shape}.")
-            parameter.copy_(tag.shard(reader.tensor("weights", name), coordinate.tensor, topology.tensor))
+            parts = [reader.part("weights", name, index) for index in tag.slices(coordinate.tensor, topology.tensor)]
+            parameter.copy_(torch.cat(parts))
     if left:
         raise UserError(f"{checkpoint.path} holds tensors that the model has not, for example {min(left)}.")

@@ -1,19 +1,23 @@
 """Initialisation in one pass after construction, keyed by (seed, parameter name, role) and independent of the layout.
 
 Every parameter is tagged where it is made with its role, its standard deviation (from the SignalPlan) and how tensor
-parallelism slices it. The full tensor is drawn on the CPU in fp32 and this rank's slice is copied in, so that every
-layout starts from bit-equal weights. The same tags serve the optimizer (which roles decay) and checkpoints (unsharding).
+parallelism slices it. A rank draws on the CPU in fp32 what it holds and nothing else, as ranges of streams that do not depend
+on the layout (normal.py), so that every layout starts from bit-equal weights. The same tags serve the optimizer (which roles
+decay) and checkpoints (which part of a full tensor is whose).
 
 Shape letters: h hidden, n heads, g query groups, d head size, f FFN size.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-from megadsl.parallel.rng import seed_from
+from megadsl.model.normal import normal_numbers
+from megadsl.parallel.rng import key_from
 
 # Every role of a parameter of the trunk and the language heads, and whether weight decay pulls it towards zero: matrices; on norms,
 # biases, embeddings and gates the field does without it. query_key_value is self-attention's, query and key_value cross-attention's.
@@ -62,34 +66,77 @@ class ParameterTag:
             raise ValueError(f"role {self.role} has decays={known} (megadsl.model.init.DECAYS); take another role")
         object.__setattr__(self, "decays", known)
 
-    def draw(self, seed: int, name: str) -> torch.Tensor:
-        """The full fp32 tensor that parameter `name` starts from."""
-        if not self.std:
-            return torch.full(self.full_shape, self.constant)
-        if self.group_rows is not None:
-            return self._draw_grouped(seed, name)
-        parts = [
-            _normal((self.full_shape[0] // len(self.std), *self.full_shape[1:]), std, seed, name, role)
-            for role, std in self.std.items()
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    def draw(self, seed: int, name: str, rank: int = 0, size: int = 1) -> torch.Tensor:
+        """The fp32 shard of tensor-parallel rank `rank` out of `size` that parameter `name` starts from.
 
-    def _draw_grouped(self, seed: int, name: str) -> torch.Tensor:
+        Equal to `shard` of the full tensor (rank 0 of 1), but only what the shard holds is drawn: the numbers of a role are a
+        stream keyed by (seed, name, role) that runs along the dimension that is sliced, so every slice is one range of it.
+        """
+        shard = torch.empty(self.shard_shape(size))
+        if not self.std:
+            return shard.fill_(self.constant)
+        if self.group_rows is not None:
+            return self._draw_grouped(shard, seed, name, rank, size)
+        rows = self.full_shape[0] // len(self.std)
+        done = 0
+        for index in self.slices(rank, size):
+            for number, (role, std) in enumerate(self.std.items()):
+                first, end = max(index[0].start, number * rows), min(index[0].stop, (number + 1) * rows)
+                if first < end:
+                    part = slice(first - number * rows, end - number * rows)
+                    shape = (rows, *self.full_shape[1:])
+                    shard[done:done + end - first] = self._draw_slice((part, *index[1:]), shape, std, _key(seed, name, role))
+                    done += end - first
+        return shard
+
+    def _draw_grouped(self, shard: torch.Tensor, seed: int, name: str, rank: int, size: int) -> torch.Tensor:
         # Megatron stores, group after group, the queries of the group, its key head and its value head: [g*(n/g+2)*d, h];
-        # in cross-attention, head after head, its key and its value: [n*2*d, h].
+        # in cross-attention, head after head, its key and its value: [n*2*d, h]. A rank holds whole groups.
         groups = self.full_shape[0] // sum(self.group_rows)
-        parts = [
-            _normal((groups * rows, self.full_shape[1]), std, seed, name, role).view(groups, rows, -1)
-            for (role, std), rows in zip(self.std.items(), self.group_rows, strict=True)
-        ]
-        return torch.cat(parts, dim=1).reshape(self.full_shape)
+        first, end = groups * rank // size, groups * (rank + 1) // size
+        by_group = shard.view(end - first, sum(self.group_rows), *self.full_shape[1:])
+        done = 0
+        for (role, std), rows in zip(self.std.items(), self.group_rows, strict=True):
+            shape = (groups * rows, *self.full_shape[1:])
+            drawn = self._draw_slice((slice(first * rows, end * rows),), shape, std, _key(seed, name, role))
+            by_group[:, done:done + rows] = drawn.view(end - first, rows, *self.full_shape[1:])
+            done += rows
+        return shard
+
+    def _draw_slice(self, index: tuple[slice, ...], shape: tuple[int, ...], std: float, key: int) -> torch.Tensor:
+        """Slice `index` of the tensor of one role, of which only the dimension that is sliced may be cut."""
+        dim = self.partition_dim or 0
+        others = shape[:dim] + shape[dim + 1:]
+        width, wanted = prod(others), index[dim]
+        numbers = normal_numbers(key, wanted.start * width, (wanted.stop - wanted.start) * width, std)
+        return torch.from_numpy(numbers).view(-1, *others).movedim(0, dim)
+
+    def slices(self, rank: int, size: int) -> list[tuple[slice, ...]]:
+        """Where the shard of a tensor-parallel rank lies in the full tensor: put together along dimension 0, in this order, the
+        parts that these index are the shard."""
+        if self.partition_dim is None:
+            return [(slice(0, self.full_shape[0]),)]
+        rows = self.full_shape[0] // self.blocks
+        if self.partition_dim == 0:
+            return [
+                (slice(block * rows + rows * rank // size, block * rows + rows * (rank + 1) // size),) for block in range(self.blocks)
+            ]
+        uncut = [slice(0, length) for length in self.full_shape[:self.partition_dim]]
+        length = self.full_shape[self.partition_dim]
+        return [(*uncut, slice(length * rank // size, length * (rank + 1) // size))]
+
+    def shard_shape(self, size: int) -> tuple[int, ...]:
+        """Shape of the shard of one of `size` tensor-parallel ranks."""
+        return tuple(
+            length // size if dim == self.partition_dim else length for dim, length in enumerate(self.full_shape)
+        )
 
     def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
         """The slice of tensor-parallel rank `rank` out of `size`."""
-        if self.partition_dim is None or size == 1:
+        if size == 1:
             return full
-        pieces = [block.chunk(size, dim=self.partition_dim)[rank] for block in full.chunk(self.blocks, dim=0)]
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        parts = [full[index] for index in self.slices(rank, size)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def unshard(self, shards: list[torch.Tensor]) -> torch.Tensor:
         """Inverse of `shard`: the full tensor from the slices of all tensor-parallel ranks."""
@@ -127,14 +174,38 @@ def tag_of(name: str, parameter: torch.nn.Parameter) -> ParameterTag:
     return value
 
 
-@torch.no_grad()
 def initialize(parameters: Iterable[tuple[str, torch.nn.Parameter]], seed: int, tensor_rank: int, tensor_size: int) -> None:
-    """Fill (canonical name, parameter) pairs in place."""
+    """Fill (canonical name, parameter) pairs in place, with as many threads as torch has; they do not change the numbers."""
+
+    @torch.no_grad()
+    def fill(pair: tuple[str, torch.nn.Parameter]) -> None:
+        name, parameter = pair
+        parameter.copy_(tag_of(name, parameter).draw(seed, name, tensor_rank, tensor_size))
+
+    drawn = []
     for name, parameter in parameters:
-        value = tag_of(name, parameter)
-        parameter.copy_(value.shard(value.draw(seed, name), tensor_rank, tensor_size))
+        if tag_of(name, parameter).std:
+            drawn.append((name, parameter))
+        else:
+            fill((name, parameter))
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        torch.set_num_threads(1)  # for the copies in each of these threads
+        try:
+            # Raises what a thread raised. A pool of one thread is a detour, felt at a thousand narrow layers.
+            list(pool.map(fill, drawn) if threads > 1 else map(fill, drawn))
+        finally:
+            torch.set_num_threads(threads)
 
 
-def _normal(shape: tuple[int, ...], std: float, seed: int, name: str, role: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed_from(seed, "init", name, role))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+@torch.no_grad()
+def leave_to_checkpoint(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    """Instead of `initialize`, where a checkpoint follows: nothing is drawn. What the checkpoint then leaves out stays NaN, and
+    shows in the first loss."""
+    for name, parameter in parameters:
+        tag_of(name, parameter)
+        parameter.fill_(torch.nan)
+
+
+def _key(seed: int, name: str, role: str) -> int:
+    return key_from(seed, "init", name, role)

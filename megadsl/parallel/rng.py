@@ -12,8 +12,13 @@ import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
+def key_from(*keys: int | str) -> int:
+    """A 128-bit number from any keys; equal keys give equal numbers on every machine."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, keys)).encode(), digest_size=16).digest(), "little")
+
+
 def seed_from(*keys: int | str) -> int:
-    """A 62-bit seed from any keys; equal keys give equal seeds on every machine."""
+    """The same as a seed of 62 bits, for torch."""
     digest = hashlib.blake2b("/".join(map(str, keys)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 

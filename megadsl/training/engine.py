@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
 from megadsl.model.activations import Activations
-from megadsl.model.init import ParameterTag, initialize, tag_of
+from megadsl.model.init import ParameterTag, initialize, leave_to_checkpoint, tag_of
 from megadsl.model.precision import prepare_precision
 from megadsl.model.stack import SequentialModel, build_pipeline
 from megadsl.parallel.device import ahead_on_device
@@ -81,8 +81,9 @@ class Engine:
         else:
             self.model = SequentialModel(self.definition.entries)
         prepare_precision(self.model, config.training.precision)
-        drawn = ((name, parameter) for name, parameter in self.model.canonical_parameters() if name not in filled)
-        initialize(drawn, config.training.seed, coordinate.tensor, topology.tensor)
+        parameters = list(self.model.canonical_parameters())
+        initialize((pair for pair in parameters if pair[0] not in filled), config.training.seed, coordinate.tensor, topology.tensor)
+        leave_to_checkpoint(pair for pair in parameters if pair[0] in filled)
         self.model.register_forward_pre_hook(self._seed_forward)
         self._parameters = list(self.model.parameters())
         self._forwards = 0

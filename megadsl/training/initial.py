@@ -51,7 +51,7 @@ class InitialWeights:
                         f"checkpoint.init_from {self.checkpoint.path}: {name} has shape {shape}, the model wants {tag.full_shape}; "
                         "only the length of learned positions may differ.")
                 rows = tag.full_shape[0]
-                drawn = tag.draw(engine.config.training.seed, name)
+                drawn = tag.draw(engine.config.training.seed, name, 0, 1)
                 taken.resized[name] = resized_positions(reader.tensor("weights", name), drawn, self._interpolate)
                 how = "interpolated" if self._interpolate else f"{max(0, rows - shape[0])} rows fresh"
                 resized.append(f"{name} from {shape[0]} to {rows} rows, {how}")
@@ -75,13 +75,8 @@ class _Taken:
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         return tuple(self.resized[name].shape) if name in self.resized else self._reader.shape(kind, name)
 
-    def tensor(self, kind: str, name: str) -> torch.Tensor:
-        return self.rows(kind, name, 0, None)
-
-    def rows(self, kind: str, name: str, first: int, end: int | None) -> torch.Tensor:
-        if name in self.resized:
-            return self.resized[name][first:end]
-        return self._reader.rows(kind, name, first, end)
+    def part(self, kind: str, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        return self.resized[name][index] if name in self.resized else self._reader.part(kind, name, index)
 
 
 def resized_positions(table: torch.Tensor, drawn: torch.Tensor, interpolate: bool) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 A fragment is what a rank's optimizer holds of one parameter: a range of the flattened tensor-parallel shard. ZeRO 0 holds
 shards whole and on every data rank, ZeRO 1 to 3 hold ranges. To save, every parameter is assembled on one rank out of the ranks
-of its stage; to load, each rank reads the ranges that it holds from the files, so no rank ever holds the model.
+of its stage; to load, each rank reads the ranges that its optimizer holds from the files and what all data ranks hold is sent
+among them: together they read every number once, and no rank ever holds the model.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,8 @@ import torch.distributed as dist
 from megadsl.checkpoint.weights import KINDS, TensorReader
 from megadsl.errors import UserError
 from megadsl.model.init import ParameterTag, tag_of
-from megadsl.parallel.groups import stage_group
+from megadsl.parallel.exchange import broadcast_from, shares
+from megadsl.parallel.groups import data_group, stage_group
 from megadsl.parallel.topology import Coordinate, Topology
 
 BATCH_BYTES = 64 << 20  # assembled by a writer at a time
@@ -100,37 +103,51 @@ class EngineState:
         if self._topology.pipeline == 1 and (foreign := set(reader.names("weights")) - expected):
             raise UserError(f"{reader.folder} holds tensors that the model has not, for example {min(foreign)}.")
         held = set(reader.names("weights"))
-        for fragment in self._fragments:
-            if not partial or fragment.name in held:
-                self._load_weights(fragment, reader)
-        if self._zero_stage == 3:
-            persistent = self._engine.optimizer.persistent_parameters
-            if persistent:  # small parameters are kept gathered: gather them anew
-                persistent[0].partition(persistent)
-                persistent[0].all_gather(persistent)
+        fragments = [fragment for fragment in self._fragments if not partial or fragment.name in held]
+        for fragment in fragments:
+            shape = reader.shape("weights", fragment.name)
+            if shape != fragment.tag.full_shape:
+                raise UserError(
+                    f"{reader.folder}: {fragment.name} has shape {shape}, the model wants {fragment.tag.full_shape}."
+                )
+        self._load_kind("weights", reader, fragments, [fragment.of(fragment.flat) for fragment in fragments])
+        self._spread_weights()
         if not steps:
             return
         for kind in KINDS[1:]:
-            for fragment in self._fragments:
-                if fragment.count:
-                    self._read(fragment, kind, reader, fragment.of(self._adam_state(fragment.flat, steps)[kind]))
+            self._load_kind(kind, reader, fragments, [
+                fragment.of(self._adam_state(fragment.flat, steps)[kind] if fragment.count else fragment.flat)
+                for fragment in fragments
+            ])
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         for name, value in loss_scaler.items():
             if hasattr(scaler, name):
                 setattr(scaler, name, value)
 
-    def _load_weights(self, fragment: Fragment, reader: TensorReader) -> None:
-        shape = reader.shape("weights", fragment.name)
-        if shape != fragment.tag.full_shape:
-            raise UserError(f"{reader.folder}: {fragment.name} has shape {shape}, the model wants {fragment.tag.full_shape}.")
-        if self._zero_stage == 3:
-            self._read(fragment, "weights", reader, fragment.of(fragment.flat))
-            fragment.parameter.ds_tensor.narrow(0, 0, fragment.count).copy_(fragment.of(fragment.flat))
-            return
-        shard = fragment.tag.shard(reader.tensor("weights", fragment.name), self._coordinate.tensor, self._topology.tensor)
-        fragment.parameter.copy_(shard)
-        if self._zero_stage and fragment.count:
-            fragment.of(fragment.flat).copy_(shard.reshape(-1)[fragment.start:fragment.start + fragment.count])
+    def _load_kind(self, kind: str, reader: TensorReader, fragments: list[Fragment], targets: list[torch.Tensor]) -> None:
+        """Fill `targets`, which are the places of `fragments`. At ZeRO 0 all data ranks hold the same: each reads a share."""
+        me, size = self._coordinate.data, self._topology.data
+        shared = self._zero_stage == 0 and size > 1
+        owners = shares([target.numel() for target in targets], size) if shared else [me] * len(targets)
+        for fragment, target, owner in zip(fragments, targets, owners, strict=True):
+            if owner == me and fragment.count:
+                self._read(fragment, kind, reader, target)
+        if shared:
+            for owner in range(size):
+                broadcast_from(owner, [target for target, own in zip(targets, owners, strict=True) if own == owner], data_group())
+
+    def _spread_weights(self) -> None:
+        """From the optimizer's weights to those that the model computes with, on all data ranks."""
+        optimizer = self._engine.optimizer
+        if self._zero_stage in (1, 2):
+            optimizer.update_lp_params()  # as after a step: rounded where they are 16-bit, gathered from all data ranks
+        elif self._zero_stage == 3:
+            for fragment in self._fragments:
+                fragment.parameter.ds_tensor.narrow(0, 0, fragment.count).copy_(fragment.of(fragment.flat))
+            persistent = optimizer.persistent_parameters
+            if persistent:  # small parameters are kept gathered: gather them anew
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
 
     def _adam_state(self, flat: torch.Tensor, steps: int) -> dict:
         state = self._adam.state[flat]
@@ -140,19 +157,20 @@ class EngineState:
         return state
 
     def _read(self, fragment: Fragment, kind: str, reader: TensorReader, target: torch.Tensor) -> None:
-        """Copy a fragment from its file; where the shard is a block of rows, no other rows are read."""
-        value, start, end = fragment.tag, fragment.start, fragment.start + fragment.count
-        size = self._topology.tensor
-        if value.partition_dim is None or size == 1 or (value.partition_dim == 0 and value.blocks == 1):
-            row = max(1, torch.Size(value.full_shape[1:]).numel())
-            if value.partition_dim == 0:
-                first = value.full_shape[0] // size * self._coordinate.tensor * row
-                start, end = start + first, end + first
-            rows = reader.rows(kind, fragment.name, start // row, -(-end // row)).reshape(-1)
-            target.copy_(rows[start - start // row * row:][:fragment.count])
-        else:
-            shard = value.shard(reader.tensor(kind, fragment.name), self._coordinate.tensor, size)
-            target.copy_(shard.reshape(-1)[start:end])
+        """Copy a fragment from its file: the rows that it touches of the parts that this tensor-parallel rank holds."""
+        value, size = fragment.tag, self._topology.tensor
+        row = prod(value.shard_shape(size)[1:])
+        first, end = fragment.start // row, -(-(fragment.start + fragment.count) // row)
+        parts, done = [], 0
+        for rows, *others in value.slices(self._coordinate.tensor, size):
+            length = rows.stop - rows.start
+            low, high = max(first - done, 0), min(end - done, length)
+            if low < high:
+                part = reader.part(kind, fragment.name, (slice(rows.start + low, rows.start + high), *others))
+                parts.append(part.reshape(-1))
+            done += length
+        found = torch.cat(parts) if len(parts) > 1 else parts[0]
+        target.copy_(found[fragment.start - first * row:][:fragment.count])
 
 
 class _Exchange:
@@ -179,12 +197,9 @@ class _Exchange:
         """Batches by writer: consecutive parameters of about equal size for each, in batches of bounded size."""
         wanted = sorted({index for held in self._held for index, _, _ in held})
         sizes = {index: torch.Size(self._all[index].tag.full_shape).numel() * 4 for index in wanted}
-        share, done = -(-sum(sizes.values()) // len(self._ranks)) or 1, 0
         batches: list[list[set[int]]] = [[] for _ in self._ranks]
         filled = dict.fromkeys(range(len(self._ranks)), BATCH_BYTES)
-        for index in wanted:
-            writer = min(len(self._ranks) - 1, (done + sizes[index] // 2) // share)
-            done += sizes[index]
+        for index, writer in zip(wanted, shares(list(sizes.values()), len(self._ranks)), strict=True):
             if filled[writer] + sizes[index] > BATCH_BYTES:
                 batches[writer].append(set())
                 filled[writer] = 0
@@ -216,15 +231,9 @@ class _Exchange:
             for index, start, count in pieces:
                 by_rank = shards.setdefault(index, {})
                 if coordinate.tensor not in by_rank:
-                    by_rank[coordinate.tensor] = torch.empty(self._shard_shape(self._all[index].tag))
+                    by_rank[coordinate.tensor] = torch.empty(self._all[index].tag.shard_shape(self._topology.tensor))
                 by_rank[coordinate.tensor].view(-1)[start:start + count] = received[position:position + count]
                 position += count
         for index in sorted(shards):
             by_rank = shards.pop(index)
             yield self._all[index].name, self._all[index].tag.unshard([by_rank[rank] for rank in sorted(by_rank)])
-
-    def _shard_shape(self, value: ParameterTag) -> list[int]:
-        shape = list(value.full_shape)
-        if value.partition_dim is not None:
-            shape[value.partition_dim] //= self._topology.tensor
-        return shape

@@ -93,7 +93,8 @@ def test_an_average_trains_on_with_a_new_optimizer(server, small_data, tmp_path)
     [said] = server.run(1, run, configured(small_data, tmp_path / "mean", (1, 1, 1, 0), 20, 0.0))
     assert "has no optimizer state: the optimizer starts anew" in said
     losses = [loss for _, loss, *_ in curve(tmp_path / "run") + curve(tmp_path / "mean")]
-    assert len(losses) == 20 and max(losses[10:]) < losses[5]
+    # A fresh start would repeat the first ten. Batches scatter by .1, so the difference of two means has a deviation of .04.
+    assert len(losses) == 20 and sum(losses[10:]) / 10 < sum(losses[:10]) / 10 - 0.12
     assert open_checkpoint(tmp_path / "mean").info.optimizer_steps == 10
 
 

@@ -97,10 +97,12 @@ def _open_alone(config) -> bool:
     return torch.distributed.is_initialized()
 
 
-def test_opening_writes_nothing_and_needs_no_process_group(folder):
-    before = sorted(path.as_posix() for path in Path(folder).rglob("*"))
+def test_opening_writes_only_the_index_and_needs_no_process_group(folder):
+    index = folder / "dataset" / "index"
+    before = sorted(path.as_posix() for path in Path(folder).rglob("*") if index not in (path, *path.parents))
     assert run_ranks(1, _open_alone, run_config(folder)) == [False]
-    assert sorted(path.as_posix() for path in Path(folder).rglob("*")) == before
+    assert sorted(path.as_posix() for path in Path(folder).rglob("*") if index not in (path, *path.parents)) == before
+    assert {path.suffix for path in index.rglob("*") if path.is_file()} <= {".npy", ".lock"}
 
 
 def test_default_generator_is_untouched(folder):
