@@ -19,11 +19,11 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megadsl.model.normal import normal_numbers
 from megadsl.parallel.rng import key_from
 
-# Every role of a parameter of the trunk and the language heads, and whether weight decay pulls it towards zero: matrices; on norms,
+# Every role of a parameter that a plan or a language model knows, and whether weight decay pulls it towards zero: matrices; on norms,
 # biases, embeddings and gates the field does without it. query_key_value is self-attention's, query and key_value cross-attention's.
 DECAYS = {
     "query_key_value": True, "query": True, "key_value": True, "attention_output": True, "fc1": True, "fc2": True,
-    "output_head": True, "head_dense": True,
+    "input_projection": True, "output_head": True, "head_dense": True,
     "word_embedding": False, "position_embedding": False, "tokentype_embedding": False, "relative_attention_bias": False,
     "bias": False, "norm_weight": False, "norm_bias": False, "residual_gate": False,
 }

@@ -14,7 +14,9 @@ from megadsl.checkpoint.manifest import CheckpointInfo, library_versions
 from megadsl.config import Config, save_config
 from megadsl.data.sampler import MicroBatches
 from megadsl.errors import UserError
+from megadsl.monitor.compare import agreement
 from megadsl.monitor.progress import Progress
+from megadsl.monitor.signal import SignalRecord, points_of
 from megadsl.monitor.writer import MetricsWriter
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import destroy_groups, initialize_groups
@@ -112,7 +114,7 @@ class Run:
         self.resumed_topology = checkpoint.topology if checkpoint else topology
 
     def _make_writer(self) -> MetricsWriter:
-        writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard)
+        writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard, points_of(self.plan))
         save_config(self.config, self.run_dir / "config.yaml")
         (self.run_dir / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
         text = (self.run_dir / "config.yaml").read_text(encoding="utf-8")
@@ -153,7 +155,7 @@ class Run:
         training, index = self.config.training, self.position.iteration
         lr = learning_rate(index, self.config.optimizer, training.train_iters)
         with self.watch.during(Phase.STEP):
-            result = self.engine.train_step(batches, index, lr)
+            result = self.engine.train_step(batches, index, lr, measured=self._measures(index))
         self.position.iteration = done = index + 1
         self.position.consumed_samples += training.global_batch_size
         interval.add(result)
@@ -164,6 +166,8 @@ class Run:
             parts = {f"train/{name}": value for name, value in result.parts.items()} if len(result.parts) > 1 else {}
             self.writer.write(done, {"train/loss": result.loss, **parts, "train/lr": lr, "train/grad_norm": result.gradient_norm})
         self.progress.advance(done, result.loss)
+        if index == 0 or done % self.config.monitor.log_interval == 0 or done == training.train_iters:
+            self._write_signal(self.engine.measuring.read())
         if done % self.config.monitor.log_interval == 0 or done == training.train_iters:
             record = interval.record(done, self.position.skipped, result, lr, self.device)
             self.progress.log(record.text())
@@ -178,6 +182,20 @@ class Run:
                 self.progress.log(f"iteration {done} | not saved, because its step was not finite")
             else:
                 interval.pause(self._save)
+
+    def _measures(self, index: int) -> bool:
+        """Whether the signal of the step with this index is measured: every so many, the first one always."""
+        interval = self.config.monitor.signal_interval
+        return bool(interval) and index % interval == 0
+
+    def _write_signal(self, record: SignalRecord | None) -> None:
+        if record is None:
+            return
+        if record.iteration == 0:
+            for line in agreement(self.plan, record):
+                self.progress.log(line)
+        if self.writer:
+            self.writer.write_signal(record)
 
     def _count_skips(self, result: StepResult) -> None:
         position = self.position
