@@ -70,7 +70,8 @@ def test_a_thousand_layers_train(small_data, tmp_path):
         "training.train_iters=5", "training.eval_iters=0", "optimizer.lr_warmup_iters=0", "optimizer.lr=0.01", "data.num_workers=0",
     ])
     losses = run_ranks(1, _losses, config)[0]
-    assert len(losses) == 5 and all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.3, losses
+    # The mean of three batches, because their losses scatter by .2.
+    assert len(losses) == 5 and all(map(math.isfinite, losses)) and sum(losses[-3:]) / 3 < losses[0] - 0.3, losses
 
 
 def _losses(config) -> list[float]:
