@@ -118,9 +118,8 @@ class ParameterTag:
             return [(slice(0, self.full_shape[0]),)]
         rows = self.full_shape[0] // self.blocks
         if self.partition_dim == 0:
-            return [
-                (slice(block * rows + rows * rank // size, block * rows + rows * (rank + 1) // size),) for block in range(self.blocks)
-            ]
+            first, end = rows * rank // size, rows * (rank + 1) // size
+            return [(slice(block * rows + first, block * rows + end),) for block in range(self.blocks)]
         uncut = [slice(0, length) for length in self.full_shape[:self.partition_dim]]
         length = self.full_shape[self.partition_dim]
         return [(*uncut, slice(length * rank // size, length * (rank + 1) // size))]
