@@ -105,10 +105,8 @@ def test_evaluation_of_an_encoder(build):
     trained = build({"family": "encoder", "num_tokentypes": 2}, {"sentence_order": True})
     tokens = stream(trained)
     result = evaluate_masked(trained, tokens, 4, pseudo_tokens=40)
-    # An untrained model knows nothing: near uniform over 512 pieces, whose logits have variance 1.
-    assert result.masked_loss == pytest.approx(math.log(512) + 0.5, abs=0.5) and result.masked_accuracy < 0.1
-    assert result.pseudo_perplexity_tokens == 40 and math.log(result.pseudo_perplexity) == pytest.approx(math.log(512) + 0.5, abs=0.8)
-    assert 0 <= result.sentence_order_accuracy <= 1 and "pseudo-perplexity" in result.text()
+    # What the numbers have to be: tests/dist/test_evaluation.py.
+    assert result.pseudo_perplexity_tokens == 40 and "pseudo-perplexity" in result.text() and "sentence-order" in result.text()
     # Pseudo-perplexity of the first token by hand: it alone is masked.
     batch = next(objective_batches(trained, tokens, 1, 0))
     masked = batch["labels"].clone()
@@ -128,6 +126,5 @@ def test_evaluation_of_an_encoder_decoder(build, model, data):
     trained = build(ENCODER_DECODER | model, data)
     tokens = stream(trained)
     result = evaluate_denoising(trained, tokens, 4)
-    assert result.loss == pytest.approx(math.log(512) + 0.5, abs=0.5) and result.perplexity == pytest.approx(math.exp(result.loss))
-    assert result.spans > 20 and result.exact_span_accuracy < 0.1
+    assert result.spans > 20
     assert result.loss == pytest.approx(evaluate_denoising(trained, tokens, 7).loss, rel=1e-6)
