@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from small_data import make_dataset, run_config
 
-from megadsl.data.dataset import load_dataset
 from megadsl.data.index_cache import cached_arrays
-from megadsl.data.objective import open_datasets
 from megadsl.data.preprocess import preprocess
+from megadsl.tasks.registry import task_of
 
 NAMES = ("first", "second")
 
@@ -44,7 +43,7 @@ def built(values: int, calls: list | None = None):
 
 def windows(folder: Path, split: str = "train", **training):
     config = run_config(folder, **training)
-    return getattr(open_datasets(config, load_dataset(folder / "dataset")["tokenizer_sha256"]), split)
+    return getattr(task_of(config).splits(8), split)
 
 
 def entries(folder: Path) -> set[str]:
@@ -177,8 +176,7 @@ def test_a_blend_is_cached_too(folder):
     path = str(folder / "dataset")
     datasets = ({"path": path, "weight": 3}, {"path": path, "weight": 1})
     config = run_config(folder, *datasets)
-    sha256 = load_dataset(folder / "dataset")["tokenizer_sha256"]
-    first, again = (open_datasets(config, sha256).train for _ in range(2))
+    first, again = (task_of(config).splits(8).train for _ in range(2))
     assert len(entries(folder / "dataset" / "index")) == 2
     assert all(first[index]["tokens"].tolist() == again[index]["tokens"].tolist() for index in range(30))
 
