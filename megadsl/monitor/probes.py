@@ -85,10 +85,16 @@ class SignalProbes:
         self._visible: dict[tuple[str, str], tuple] = {}  # by stack and kind: the same for all its layers
         self._scale: dict[tuple[str, str], float] = {}
         self._run_again: set[int] = set()
+        self._forward_in: set[Layer] = set()
+        self._borrowed: int | None = None
+        before = False  # whether what flows into the next layer is measured here
         for entry, module in self._calls:
             if isinstance(module, Layer):
                 stack, _, number = entry.name.rpartition(".")
+                if not before and int(number):
+                    self._watch_border(module, stack, int(number))
                 self._watch_layer(module, stack, int(number))
+                before = True
             elif entry.name == self._embedding:
                 self._handles.append(module.register_forward_hook(self._on_output(self._stacks[0], 0)))
             elif entry.name == "final_norm":
@@ -105,6 +111,10 @@ class SignalProbes:
 
     def _watch_layer(self, layer: Layer, stack: str, number: int) -> None:
         inner = layer.layer
+        # What runs within a call of the layer gives its output; what runs outside of one is a recomputation. (Grad mode would not
+        # tell them apart: Megatron-core enables it around every residual addition.)
+        self._handles.append(layer.register_forward_pre_hook(lambda module, arguments: self._forward_in.add(module)))
+        self._handles.append(layer.register_forward_hook(lambda module, arguments, output: self._forward_in.discard(module)))
         for kind, name in _ADDITIONS.items():
             place = self._place.get((stack, number, kind))
             if place is None:
@@ -117,10 +127,22 @@ class SignalProbes:
                 core = getattr(inner, kind).core_attention
                 self._handles.append(core.register_forward_pre_hook(self._on_attention((stack, kind), place, layer), with_kwargs=True))
 
+    def _watch_border(self, layer: Layer, stack: str, number: int) -> None:
+        """The stage before measures what flows in; here the angle of the first layer needs it once more."""
+        place = self._borrowed = min(self._place[key] for key in self._place if key[:2] == (stack, number)) - 1
+
+        def hook(module, arguments) -> None:
+            if self.recording:
+                hidden = arguments[0].hidden.detach()[:, :self._sequences]
+                self._collect(("forward", stack), self._measure_stream, place, hidden, carry=self._carry(stack))
+
+        self._handles.append(layer.register_forward_pre_hook(hook))
+
     def _around_addition(self, stack: str, place: int, layer: Layer) -> Callable:
         def wrap(module, arguments, add):
             def measured(branch_with_bias, residual, dropout):
-                return self._observe(stack, place, add(branch_with_bias, residual, dropout), _first_run(layer))
+                added = add(branch_with_bias, residual, dropout)
+                return self._observe(stack, place, added, layer in self._forward_in, layer.recompute and layer.training)
 
             return measured
 
@@ -132,7 +154,7 @@ class SignalProbes:
 
         return hook
 
-    def _observe(self, stack: str, place: int, hidden: torch.Tensor, forward: bool) -> torch.Tensor:
+    def _observe(self, stack: str, place: int, hidden: torch.Tensor, forward: bool, recomputed: bool = False) -> torch.Tensor:
         if forward and self.recording:
             self._collect(("forward", stack), self._measure_stream, place, hidden.detach()[:, :self._sequences], carry=self._carry(stack))
         # A layer that is recomputed runs again in the backward pass, when other micro-batches may have been forward in between; they
@@ -140,7 +162,7 @@ class SignalProbes:
         again = not forward and place not in self._run_again
         if again:
             self._run_again.add(place)
-        if hidden.requires_grad and torch.is_grad_enabled() and (self.recording if forward else again):
+        if hidden.requires_grad and (again or forward and self.recording and not recomputed):
             hidden.register_hook(lambda gradient: self._collect(
                 ("gradient", stack), self._measure_gradient, place, gradient.detach()[:, :self._sequences]))
         return hidden
@@ -156,7 +178,7 @@ class SignalProbes:
 
     def _on_units(self, stack: str, place: int, layer: Layer) -> Callable:
         def hook(module, arguments) -> None:
-            if self.recording and _first_run(layer):
+            if self.recording and layer in self._forward_in:
                 units = arguments[0].detach()[:, 0]  # [s, f]
                 stride = max(1, len(units) // TOKENS)
                 self._collect(("units", stack), self._measure_units, place, units[::stride].abs().amax(dim=0))
@@ -165,7 +187,7 @@ class SignalProbes:
 
     def _on_attention(self, kind: tuple[str, str], place: int, layer: Layer) -> Callable:
         def hook(module, arguments, named) -> None:
-            if not (self.recording and _first_run(layer)):
+            if not (self.recording and layer in self._forward_in):
                 return
             query, key, _, mask = arguments
             if query.size(0) < 2:
@@ -183,7 +205,9 @@ class SignalProbes:
 
     def _measure_stream(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
         x, real = rows[0], self._real.get(stack)
-        self._add(places[carried:], _FORWARD, stream_sums(x[carried:], real) * self._share)
+        own = carried + (places[carried] == self._borrowed)
+        if own < len(places):
+            self._add(places[own:], _FORWARD, stream_sums(x[own:], real) * self._share)
         ends = [(row, row - self._layer_ends[place]) for row, place in enumerate(places)
                 if row >= carried and place in self._layer_ends and row >= self._layer_ends[place]]
         if ends:
@@ -215,11 +239,6 @@ class SignalProbes:
         record = SignalRecord(iteration, _values(sums.cpu().numpy(), largest.cpu().numpy()), parameters or {})
         self._reset()
         return record
-
-
-def _first_run(layer: Layer) -> bool:
-    """Whether this run of a layer is the one that gives its output: recomputed layers run first without a graph, then again with one."""
-    return not (layer.recompute and layer.training and torch.is_grad_enabled())
 
 
 def _visible(mask, queries: range, keys: int, causal: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -43,7 +43,7 @@ def built(values: int, calls: list | None = None):
 
 def windows(folder: Path, split: str = "train", **training):
     config = run_config(folder, **training)
-    return getattr(task_of(config).splits(8), split)
+    return getattr(task_of(config).splits(64), split)
 
 
 def entries(folder: Path) -> set[str]:
@@ -176,7 +176,7 @@ def test_a_blend_is_cached_too(folder):
     path = str(folder / "dataset")
     datasets = ({"path": path, "weight": 3}, {"path": path, "weight": 1})
     config = run_config(folder, *datasets)
-    first, again = (task_of(config).splits(8).train for _ in range(2))
+    first, again = (task_of(config).splits(64).train for _ in range(2))
     assert len(entries(folder / "dataset" / "index")) == 2
     assert all(first[index]["tokens"].tolist() == again[index]["tokens"].tolist() for index in range(30))
 
