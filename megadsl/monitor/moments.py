@@ -28,14 +28,17 @@ class Rows:
 
     def __init__(self, measure: Callable[[list[int], tuple[torch.Tensor, ...], int], None], carry: int = 0):
         self._measure, self._carry = measure, carry
-        self._buffers: tuple[torch.Tensor, ...] | None = None
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._shapes: list[torch.Size] = []
         self._places: list[int] = []
         self._carried = 0
 
     def add(self, place: int, *tensors: torch.Tensor) -> None:
         """Copy the tensors of one place."""
-        if self._buffers is None or any(b.shape[1:] != t.shape for b, t in zip(self._buffers, tensors, strict=True)):
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != self._shapes:
             self.flush()
+            self._shapes = shapes
             size = sum(t.numel() * t.element_size() for t in tensors)
             self._capacity = self._carry + max(1, min(BLOCK_ROWS, BLOCK_BYTES // max(1, size)))
             self._buffers = tuple(torch.empty((self._capacity, *t.shape), dtype=t.dtype, device=t.device) for t in tensors)

@@ -53,6 +53,8 @@ class SignalProbes:
         self._place = {(point.stack, point.layer, point.kind): index for index, point in enumerate(self._points)}
         self._stacks = list(dict.fromkeys(point.stack for point in self._points if point.stack))
         self._layer_ends = self._ends()
+        self._carry = {stack: max(count for index, count in self._layer_ends.items() if self._points[index].stack == stack)
+                       for stack in self._stacks}  # rows that an angle looks back
         self._handles: list = []
         self.recording = True  # False: hooks stay, and look away (micro-batches that are not measured)
         self._reset()
@@ -134,7 +136,7 @@ class SignalProbes:
         def hook(module, arguments) -> None:
             if self.recording:
                 hidden = arguments[0].hidden.detach()[:, :self._sequences]
-                self._collect(("forward", stack), self._measure_stream, place, hidden, carry=self._carry(stack))
+                self._collect(("forward", stack), self._measure_stream, place, hidden, carry=self._carry[stack])
 
         self._handles.append(layer.register_forward_pre_hook(hook))
 
@@ -156,7 +158,7 @@ class SignalProbes:
 
     def _observe(self, stack: str, place: int, hidden: torch.Tensor, forward: bool, recomputed: bool = False) -> torch.Tensor:
         if forward and self.recording:
-            self._collect(("forward", stack), self._measure_stream, place, hidden.detach()[:, :self._sequences], carry=self._carry(stack))
+            self._collect(("forward", stack), self._measure_stream, place, hidden.detach()[:, :self._sequences], carry=self._carry[stack])
         # A layer that is recomputed runs again in the backward pass, when other micro-batches may have been forward in between; they
         # run again in the order in which they ran, so the first one is the measured one.
         again = not forward and place not in self._run_again
@@ -166,9 +168,6 @@ class SignalProbes:
             hidden.register_hook(lambda gradient: self._collect(
                 ("gradient", stack), self._measure_gradient, place, gradient.detach()[:, :self._sequences]))
         return hidden
-
-    def _carry(self, stack: str) -> int:
-        return max(count for index, count in self._layer_ends.items() if self._points[index].stack == stack)
 
     def _collect(self, key: tuple, measure: Callable, place: int, *tensors: torch.Tensor, carry: int = 0) -> None:
         # Returns None: a tensor hook that returns a tensor would replace the gradient.
