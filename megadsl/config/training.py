@@ -85,3 +85,10 @@ class MonitorConfig(Section):
 
     log_interval: int = Field(10, ge=1, description="iterations between two log lines")
     tensorboard: bool = True
+    figure_interval: int | None = Field(
+        None, ge=0, description="iterations between two sets of pictures of the signal at least (default: a hundredth of train_iters); they "
+        "are drawn beside training and take at most 0.5 % of the time; 0: none"
+    )
+    wandb: bool = Field(False, description="also show everything on Weights & Biases (package wandb; WANDB_MODE=offline sends nothing)")
+    wandb_project: str = "megadsl"
+    wandb_entity: str | None = Field(None, description="user or team on Weights & Biases (default: your own)")

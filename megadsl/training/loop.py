@@ -112,12 +112,10 @@ class Run:
         self.resumed_topology = checkpoint.topology if checkpoint else topology
 
     def _make_writer(self) -> MetricsWriter:
-        writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.run_dir / "config.yaml")
         (self.run_dir / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
-        text = (self.run_dir / "config.yaml").read_text(encoding="utf-8")
-        writer.write_text("config", "    " + text.replace("\n", "\n    "))  # indented: Markdown shows it as it is
-        return writer
+        return MetricsWriter.of_run(self.config, self.plan, self.position.iteration + 1, lambda text: self.progress.log(text))
 
     def run(self) -> Path:
         """Train to train_iters, validating and saving on the way and at the end."""
@@ -226,7 +224,7 @@ class Run:
     def _save(self) -> None:
         self._report(self.checkpointer.wait())
         if self.writer:
-            self.writer.flush()  # a run that resumes from here keeps the curve up to here
+            self.writer.save()  # a run that resumes from here keeps the curve up to here
         position = self.position
         info = CheckpointInfo(
             position.iteration, position.consumed_samples, position.skipped, position.loss, self.topology.tensor,
