@@ -88,3 +88,10 @@ class MonitorConfig(Section):
         100, ge=0, description="measure the signal of every so many iterations, the first one always; it is written at log lines; 0: never"
     )
     tensorboard: bool = True
+    figure_interval: int | None = Field(
+        None, ge=0, description="iterations between two sets of pictures of the signal at least (default: a hundredth of train_iters); they "
+        "are drawn beside training and take at most 0.5 % of the time; 0: none"
+    )
+    wandb: bool = Field(False, description="also show everything on Weights & Biases (package wandb; WANDB_MODE=offline sends nothing)")
+    wandb_project: str = "megadsl"
+    wandb_entity: str | None = Field(None, description="user or team on Weights & Biases (default: your own)")
