@@ -62,6 +62,7 @@ def layer_submodules(model: ModelConfig, config: TransformerConfig, sublayers: l
     """The spec of one layer. Every layer gets its own object, because TransformerLayer may rewrite it."""
     by_kind = {sublayer.kind: sublayer for sublayer in sublayers}
     qk_norm = WrappedTorchNorm if model.qk_layernorm else None
+    core_attention = ModuleSpec(module=ScaledDotProductAttention, params={"softcap": model.attention_logit_softcap})
     make_norm = partial(_tagged_norm, config) if norm_position in ("post", "both") else None
 
     def norm_of(kind: str):
@@ -83,7 +84,7 @@ def layer_submodules(model: ModelConfig, config: TransformerConfig, sublayers: l
             module=MemoryAttention, params={"qk_layernorm": model.qk_layernorm},
             submodules=CrossAttentionSubmodules(
                 linear_q=tensor_parallel.ColumnParallelLinear, linear_kv=tensor_parallel.ColumnParallelLinear,
-                core_attention=ScaledDotProductAttention, linear_proj=tensor_parallel.RowParallelLinear,
+                core_attention=core_attention, linear_proj=tensor_parallel.RowParallelLinear,
             ),
         ),
         "cross_attn_bda": addition("cross_attention"),
