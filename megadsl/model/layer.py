@@ -140,6 +140,11 @@ class Layer(torch.nn.Module):
         self.layer = TransformerLayer(config, submodules, layer_number=index + 1)
         _tag_layer(self.layer, model, sublayers)
 
+    def attentions(self) -> list[torch.nn.Module]:
+        """Megatron's self-attention, and its cross-attention where the layer has one."""
+        both = self.layer.self_attention, self.layer.cross_attention
+        return [attention for attention in both if not isinstance(attention, IdentityOp)]
+
     def forward(self, value: Activations, inference_context=None) -> Activations:
         masks, hidden, memory = self.masks(value), value.hidden, value.get("memory")
         if not (self.recompute and self.training):
