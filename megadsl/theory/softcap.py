@@ -9,9 +9,9 @@ so that capped scores have the variance R(1) - R(g) that matters to a softmax, a
 Weights: given the shared part m ~ N(0, g V) scores are independent, and every moment is an integral over t as in softmax.py with
 f(m + s) in place of a, averaged over m. Behind the softmax the gradient passes through f': with C = diag(p) - p p^T,
     s_passed = E sum_s f'_s^2 (C^2)_ss            gradient through one key, which was E tr C^2
-    leak     = E |C f'|^2 = E sum_s p_s^2 (f'_s - p . f')^2       a shift of all scores is not ignored any more; p . f' is taken
-               to be its mean, so exact for many keys
     slope    = E p . f'                           how far the weights follow a score
+    leak     = E |C f'|^2 = E sum_s p_s^2 (f'_s - p . f')^2       a shift of all scores is not ignored any more; of p . f' all that
+               the other keys give is taken to be its mean: f'_s - p . f' = (1 - p_s)(f'_s - slope)
 Derived here; checked in tests/signal/test_formulas_scores.py.
 
 Letters: n keys, V score variance, c cap, g share of the score variance that keys have in common.
@@ -76,7 +76,7 @@ def overlaps(variance: float, cap: float) -> Overlaps:
 
 
 def _given_shared(n: np.ndarray, own: float, shared: float, cap: float) -> np.ndarray:
-    """[E Q_2, E Q_3, E Q_2^2, s_passed, E p . f', E sum p^2 f'^2, E sum p^2 f'] for independent scores f(shared + N(0, own))."""
+    """[E Q_2, E Q_3, E Q_2^2, s_passed, slope, leak] for independent scores f(shared + N(0, own))."""
     root = math.sqrt(own)
     # The same grids as in softmax.py, as far as scores below the cap reach; finer where tanh bends within one step.
     reach = 8.0 + 4.0 * min(root, cap)
@@ -93,7 +93,7 @@ def _given_shared(n: np.ndarray, own: float, shared: float, cap: float) -> np.nd
     def moment(k: int, factor: np.ndarray | float = 1.0) -> np.ndarray:
         return kernel @ (np.exp(k * a - 0.5 * z * z) * factor / mass)
 
-    m2, slope2, slope4 = moment(2), moment(2, slope ** 2), moment(4, slope ** 2)
+    m2 = moment(2)
     log_m0 = np.log(np.maximum(moment(0), 1e-300))
     rest, rest2 = np.exp(np.outer(n - 1.0, log_m0)), np.exp(np.outer(np.maximum(n - 2.0, 0.0), log_m0))
 
@@ -103,11 +103,15 @@ def _given_shared(n: np.ndarray, own: float, shared: float, cap: float) -> np.nd
     def pair(values: np.ndarray) -> np.ndarray:
         return n * (n - 1.0) * (rest2 @ (t ** 4 / 6.0 * values)) * step
 
-    q22 = single(4, moment(4)) + pair(m2 ** 2)
-    passed2 = single(2, slope2)
-    s_passed = passed2 - 2.0 * single(3, moment(3, slope ** 2)) + single(4, slope4) + pair(slope2 * m2)
-    return np.stack([single(2, m2), single(3, moment(3)), q22, s_passed, single(1, moment(1, slope)), passed2,
-                     single(2, moment(2, slope))])
+    def own_variance(factor: np.ndarray | float) -> np.ndarray:
+        """E sum_s p_s^2 (1 - p_s)^2 factor_s."""
+        return single(2, moment(2, factor)) - 2.0 * single(3, moment(3, factor)) + single(4, moment(4, factor))
+
+    follows, squares = single(1, moment(1, slope)), own_variance(slope ** 2)
+    return np.maximum([
+        single(2, m2), single(3, moment(3)), single(4, moment(4)) + pair(m2 ** 2), squares + pair(moment(2, slope ** 2) * m2), follows,
+        squares - 2.0 * follows * own_variance(slope) + follows ** 2 * own_variance(1.0),
+    ], 0.0)
 
 
 def capped_moments(n: np.ndarray, variance: float, share: float, cap: float) -> np.ndarray:
@@ -119,9 +123,7 @@ def capped_moments(n: np.ndarray, variance: float, share: float, cap: float) -> 
     nodes, weights = (np.zeros(1), np.ones(1)) if shared < 1e-9 else np.polynomial.hermite_e.hermegauss(5)
     total = np.zeros((6, len(n)))
     for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-        q2, q3, q22, passed, slope, squares, products = _given_shared(n, max(own, 1e-9), math.sqrt(shared) * node, cap)
-        leak = np.maximum(squares - 2.0 * slope * products + slope ** 2 * q2, 0.0)
-        total += weight * np.stack([q2, q3, q22, np.maximum(passed, 0.0), slope, leak])
+        total += weight * _given_shared(n, max(own, 1e-9), math.sqrt(shared) * node, cap)
     return total
 
 
