@@ -23,6 +23,9 @@ class OptimizerConfig(Section):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay on matrices; norms, biases and embeddings have none")
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    qk_clip: bool = Field(False, description="after a step, scale queries and keys down where an attention score passed qk_clip_threshold")
+    qk_clip_threshold: float = Field(100.0, gt=0, description="largest attention score (q k / sqrt(d)) that qk_clip leaves alone")
+    qk_clip_alpha: float = Field(0.5, ge=0, le=1, description="share of qk_clip's factor, as an exponent, that the queries get; keys: the rest")
 
     @model_validator(mode="after")
     def _lr_order(self) -> "OptimizerConfig":

@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from megadsl.schemes.plan import SignalPlan
 from megadsl.tasks.task import Batch, Task
 from megadsl.training.measuring import Measuring
 from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm, parameter_groups
+from megadsl.training.qk_clip import QKClip
 from megadsl.training.state import EngineState
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StepResult:
         parts: mean of every part of the loss, by name.
         tokens: tokens that are not padding.
         positions: all positions, padding included.
+        largest_score: of attention, before any cap; None: not searched (optimizer.qk_clip).
     """
 
     loss: float
@@ -48,6 +50,7 @@ class StepResult:
     parts: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     positions: int = 0
+    largest_score: float | None = None
 
     @property
     def skipped(self) -> bool:
@@ -97,6 +100,7 @@ class Engine:
         )
         self.measuring = Measuring(
             task, plan, self.model.calls(), self.definition.embedding, self.state, self._optimizer, topology, coordinate, device)
+        self._qk_clip = QKClip(self.model, self.state, config.optimizer, device) if config.optimizer.qk_clip else None
 
     def _initialize_deepspeed(self):
         import deepspeed
@@ -143,7 +147,8 @@ class Engine:
             self._train_plain(on_device)
         sums, tokens, positions = self._loss.end()
         parts = {part.name: total / max(1.0, count) for part, (total, count) in zip(self.task.loss_parts, sums, strict=True)}
-        return StepResult(sum(parts.values()), self._norm, parts, round(tokens), round(positions))
+        result = StepResult(sum(parts.values()), self._norm, parts, round(tokens), round(positions))
+        return replace(result, largest_score=self._qk_clip.after_step(not result.skipped)) if self._qk_clip else result
 
     def _train_plain(self, micro_batches: Iterator[Batch]) -> None:
         self._switch_mode(training=True)

@@ -162,7 +162,10 @@ class Run:
             self._report(self.checkpointer.wait())
         if self.writer:
             parts = {f"train/{name}": value for name, value in result.parts.items()} if len(result.parts) > 1 else {}
-            self.writer.write(done, {"train/loss": result.loss, **parts, "train/lr": lr, "train/grad_norm": result.gradient_norm})
+            scores = {} if result.largest_score is None else {"train/max_attention_logit": result.largest_score}
+            self.writer.write(done, {
+                "train/loss": result.loss, **parts, **scores, "train/lr": lr, "train/grad_norm": result.gradient_norm,
+            })
         self.progress.advance(done, result.loss)
         if index == 0 or done % self.config.monitor.log_interval == 0 or done == training.train_iters:
             self._write_signal(self.engine.measuring.read())
