@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from megadsl.config.alarms import AlarmsConfig
 from megadsl.config.section import Section
 
 
@@ -85,3 +86,4 @@ class MonitorConfig(Section):
 
     log_interval: int = Field(10, ge=1, description="iterations between two log lines")
     tensorboard: bool = True
+    alarms: AlarmsConfig = Field(default_factory=AlarmsConfig)

@@ -35,10 +35,10 @@ class MetricsWriter:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, iteration)
 
-    def write_text(self, name: str, text: str) -> None:
-        """A text page in TensorBoard."""
+    def write_text(self, name: str, text: str, iteration: int | None = None) -> None:
+        """A text page in TensorBoard, of one iteration or of the run."""
         if self._events is not None:
-            self._events.add_text(name, text)
+            self._events.add_text(name, text, iteration)
 
     def flush(self) -> None:
         self._file.flush()
