@@ -6,7 +6,7 @@ trend, a measured signal) leaves three ways: say it, go back to a checkpoint fro
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megadsl.config.section import Section
 
@@ -17,14 +17,14 @@ LateAction = Literal["off", "warn", "rollback", "stop"]
 class LossSpikeConfig(Section):
     """The loss of one step, against those of the steps before it."""
 
-    threshold: float = Field(8.0, gt=0, description="robust standard deviations above the median of the window")
+    threshold: float = Field(8.0, gt=0, description="robust standard deviations above the median of the last 16 steps")
     action: StepAction = "warn"
 
 
 class GradientNormSpikeConfig(Section):
     """The gradient norm of one step before clipping, against those of the steps before it; in logarithms."""
 
-    threshold: float = Field(8.0, gt=0, description="robust standard deviations of log(norm) above the median of the window")
+    threshold: float = Field(10.0, gt=0, description="robust standard deviations of log(norm) above the median of the last 16 steps")
     action: StepAction = "warn"
 
 
@@ -39,7 +39,7 @@ class VarianceDriftConfig(Section):
     """The second moment of the residual stream: against the plan at step 0, later against what was measured at step 0."""
 
     plan_factor: float = Field(2.0, gt=1, description="measured over predicted at step 0, either way")
-    threshold: float = Field(30.0, gt=1, description="growth or shrinkage since step 0")
+    threshold: float = Field(1000.0, gt=1, description="growth above what it was at step 0 (and above 1), or shrinkage below it")
     action: LateAction = "warn"
 
 
@@ -103,3 +103,9 @@ class AlarmsConfig(Section):
     dead_activations: DeadActivationsConfig = Field(default_factory=DeadActivationsConfig)
     unused_layers: UnusedLayersConfig = Field(default_factory=UnusedLayersConfig)
     update_ratio: UpdateRatioConfig = Field(default_factory=UpdateRatioConfig)
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> "AlarmsConfig":
+        if self.min_steps > self.window:
+            raise ValueError(f"min_steps {self.min_steps} is more than window {self.window}: no spike would ever be one")
+        return self

@@ -112,13 +112,15 @@ class Episodes:
 class SpikeWindow:
     """The last numbers of a curve, and how far a new one sticks out upwards.
 
-    A robust z-score: the distance to the median over the spread of the upper half, which is the largest of the spread by the
-    median absolute deviation, that by the 90 % quantile (a skewed curve is no spike) and `floor`, below which nothing matters.
-    Numbers beyond stay in the window: less than a tenth of them changes little, and a curve that stays up becomes the usual.
+    A robust z-score: the distance to the median of the last 16 over the spread about the window's trend, which is the largest of the
+    spread by the median absolute deviation, that by the 90 % quantile (a skewed curve is no spike) and `floor`, below which nothing
+    matters. Numbers beyond stay in the window: a few of them change little, and a curve that stays up becomes the usual.
     """
 
+    _RECENT = 16
+
     def __init__(self, size: int, min_values: int, values: Sequence[float] = ()):
-        self._size, self._min, self.values = size, min(size, min_values), [*values][-size:]
+        self._size, self._min, self.values = size, min_values, [*values][-size:]
 
     def add(self, value: float) -> None:
         if math.isfinite(value):
@@ -129,19 +131,23 @@ class SpikeWindow:
         if len(self.values) < self._min or not math.isfinite(value):
             return 0.0
         held = np.array(self.values)
-        median = float(np.median(held))
-        upper = (float(np.quantile(held, 0.9)) - median) / _NORMAL_QUANTILE_90
-        return (value - median) / max(_MAD_TO_DEVIATION * float(np.median(np.abs(held - median))), upper, floor)
+        half = len(held) // 2
+        slope = (np.median(held[-half:]) - np.median(held[:half])) / (len(held) - half)
+        about = held - slope * np.arange(len(held))
+        median = np.median(about)
+        spread = max(_MAD_TO_DEVIATION * np.median(np.abs(about - median)), (np.quantile(about, 0.9) - median) / _NORMAL_QUANTILE_90, floor)
+        return float((value - self.median()) / spread)
 
     def median(self) -> float:
-        return float(np.median(self.values))
+        """The level of late."""
+        return float(np.median(self.values[-self._RECENT:]))
 
 
 class StepAlarms:
     """The alarms of every step. `state` of a checkpoint goes in where a run resumes; {}: a fresh run."""
 
     _LOSS_FLOOR = 0.01       # of the median loss
-    _LOG_NORM_FLOOR = 0.05   # 5 % of the norm
+    _LOG_NORM_FLOOR = 0.1    # 10 % of the norm
     _DIVERGENCE_STEPS = 8
 
     def __init__(self, options: AlarmsConfig, state: dict):
@@ -181,7 +187,7 @@ class StepAlarms:
             return None
         median, limit = self._losses.median(), self._options.loss_spike.threshold
         score = self._losses.score(loss, self._LOSS_FLOOR * abs(median))
-        words = f"loss {loss:.4g} is {score:.1f} robust deviations above the median {median:.4g} of the steps before (limit {limit:g})"
+        words = f"loss {loss:.4g} is {score:.1f} robust deviations above the median {median:.4g} of late (limit {limit:g})"
         return Reading(score / limit, "", words, loss)
 
     def _gradient_norm_spike(self, norm: float) -> Reading | None:
@@ -190,7 +196,7 @@ class StepAlarms:
         limit = self._options.gradient_norm_spike.threshold
         score = self._log_norms.score(_log(norm), self._LOG_NORM_FLOOR)
         words = (f"gradient norm {norm:.4g} is {score:.1f} robust deviations of its logarithm above the median "
-                 f"{math.exp(self._log_norms.median()):.4g} of the steps before (limit {limit:g})")
+                 f"{math.exp(self._log_norms.median()):.4g} of late (limit {limit:g})")
         return Reading(score / limit, "", words, norm)
 
     def _divergence(self, first_loss: float | None) -> Reading | None:

@@ -14,8 +14,6 @@ from megadsl.monitor.signal import Point, SignalRecord, predicted
 from megadsl.schemes.plan import SignalPlan
 
 _DRIFTING, _GRADIENT, _ANGLE = "forward_second_moment", "gradient_variance", "angular_distance"
-# A parameter whose weights began smaller (a bias, a gate) has no ratio to them.
-_LEAST_WEIGHT = 2e-4
 
 
 class SignalAlarms:
@@ -32,7 +30,6 @@ class SignalAlarms:
         # Layers with a trained gate begin unused (ReZero, LayerScale): they are judged once they have been in use.
         self._judged = np.array([(point.stack, point.layer) not in gates for point in points])
         self._first: np.ndarray | None = None
-        self._first_weights: dict[str, float] = {}
         self._episodes = Episodes({
             "variance_drift": options.variance_drift.action, "gradient_ratio": options.gradient_ratio.action,
             "entropy_collapse": options.entropy_collapse.action, "logit_growth": options.logit_growth.action,
@@ -45,7 +42,6 @@ class SignalAlarms:
         options, now = self._options, record.values
         if self._first is None and _DRIFTING in now:
             self._first = now[_DRIFTING]
-        self._first_weights = {**record.parameters.get("weight_norm", {}), **self._first_weights}
         readings = {
             "variance_drift": self._variance_drift(record, options.variance_drift),
             "gradient_ratio": self._gradient_ratio(record, options.gradient_ratio),
@@ -70,7 +66,10 @@ class SignalAlarms:
             return None
         if record.iteration == 0 and self._drawn:
             return self._worst(_ratio(measured, self._plan), options.plan_factor, _either, "second moment {:.3g} x the plan's")
-        return self._worst(_ratio(measured, self._first), options.threshold, _either, "second moment {:.3g} x that of the first measurement")
+        # A stream that begins small (an embedding of 0.02) grows to order 1 as a model learns: that is no drift.
+        reference = np.where(measured > self._first, np.maximum(self._first, 1.0), self._first)
+        grown = np.where((measured > self._first) & (measured < reference), 1.0, _ratio(measured, reference))
+        return self._worst(grown, options.threshold, _either, "second moment {:.3g} x that of the first measurement (or 1)")
 
     def _gradient_ratio(self, record: SignalRecord, options: GradientRatioConfig) -> Reading | None:
         gradient = record.values.get(_GRADIENT)
@@ -95,8 +94,7 @@ class SignalAlarms:
         return self._worst(np.where(self._judged, angle, np.nan), options.threshold, _under, "angle between input and output {:.2g} of pi")
 
     def _update_ratio(self, record: SignalRecord, options: UpdateRatioConfig) -> Reading | None:
-        ratios = {name: ratio for name, ratio in record.parameters.get("update_ratio", {}).items()
-                  if self._first_weights.get(name, 0.0) > _LEAST_WEIGHT and np.isfinite(ratio)}
+        ratios = {name: ratio for name, ratio in record.parameters.get("update_ratio", {}).items() if np.isfinite(ratio)}
         if not ratios:
             return None
         high, low, median = max(ratios, key=ratios.get), min(ratios, key=ratios.get), float(np.median([*ratios.values()]))

@@ -59,7 +59,7 @@ class Recovery:
         iteration = info.iteration if info else -1
         self._steps = StepAlarms(self._options, info.alarms if info else {})
         self._signal = SignalAlarms(self._options, self._plan, points_of(self._plan), self._drawn)
-        self._signal.replay(record for record in SignalHistory.read(self._run_dir / _SIGNAL).records if record.iteration <= iteration)
+        self._signal.replay(record for record in SignalHistory.read(self._run_dir / _SIGNAL).records if record.iteration < iteration)
         self._drop_alarms_after(iteration)
 
     def consumed_samples(self, info: CheckpointInfo) -> int:
