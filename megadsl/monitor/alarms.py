@@ -169,15 +169,17 @@ class StepAlarms:
         return next((name for name, reading in readings.items()
                      if self._episodes.actions[name] == "skip" and reading is not None and reading.excess >= 1.0), "")
 
-    def observe(self, iteration: int, loss: float, gradient_norm: float, first_loss: float | None) -> list[Alarm]:
+    def observe(self, iteration: int, loss: float, gradient_norm: float, first_loss: float | None, refused: bool = False) -> list[Alarm]:
         """The alarms that the step raises. A loss or norm that is not finite is not judged: such a step is skipped anyway.
 
         Args:
             first_loss: of the run's first finite step.
+            refused: whether the step was left out; its numbers are judged, and not kept: they are none that the run came through.
         """
         spike, norm_spike = self._loss_spike(loss), self._gradient_norm_spike(gradient_norm)
-        self._losses.add(loss)
-        self._log_norms.add(_log(gradient_norm))
+        if not refused:
+            self._losses.add(loss)
+            self._log_norms.add(_log(gradient_norm))
         readings = {"loss_spike": spike, "gradient_norm_spike": norm_spike, "divergence": self._divergence(first_loss)}
         raised = (self._episodes.update(name, iteration, reading) for name, reading in readings.items())
         return [alarm for alarm in raised if alarm]

@@ -77,7 +77,7 @@ class Recovery:
                      writer: MetricsWriter | None) -> None:
         """Look at a step that has ended; iterations count from 1."""
         if self._is_main:
-            self._say(self._steps.observe(iteration, result.loss, result.gradient_norm, first_loss), progress, writer)
+            self._say(self._steps.observe(iteration, result.loss, result.gradient_norm, first_loss, result.refused), progress, writer)
 
     def observe_signal(self, record: SignalRecord, progress: Progress, writer: MetricsWriter | None) -> None:
         """Look at what was measured; rank 0 alone has to call it."""
