@@ -85,5 +85,8 @@ class MonitorConfig(Section):
     """What is reported while the run goes."""
 
     log_interval: int = Field(10, ge=1, description="iterations between two log lines")
+    signal_interval: int = Field(
+        100, ge=0, description="measure the signal of every so many iterations, the first one always; it is written at log lines; 0: never"
+    )
     tensorboard: bool = True
     alarms: AlarmsConfig = Field(default_factory=AlarmsConfig)

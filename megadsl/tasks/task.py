@@ -194,6 +194,10 @@ class Task(ABC):
         positions = next(iter(batch.values())).shape[0] * self.positions_per_sample
         return Extent(positions, positions)
 
+    def real_positions(self, batch: Batch) -> Batch:
+        """By stack, which positions of a batch are not padding, [b, s] bool; a stack that is not named has none."""
+        return {}
+
     @property
     def positions_per_sample(self) -> int:
         """Positions that flow through layers for one sample, padding included."""

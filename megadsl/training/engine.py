@@ -11,6 +11,7 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Container, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,7 @@ from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Coordinate, Topology
 from megadsl.schemes.plan import SignalPlan
 from megadsl.tasks.task import Batch, Task
+from megadsl.training.measuring import Measuring
 from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm, parameter_groups
 from megadsl.training.state import EngineState
 
@@ -103,24 +105,26 @@ class Engine:
         self.state = EngineState(
             self.engine, list(self.model.canonical_parameters()), self._zero_stage, topology, coordinate, device
         )
+        self.measuring = Measuring(
+            task, plan, self.model.calls(), self.definition.embedding, self.state, self._optimizer, topology, coordinate, device)
 
     def _initialize_deepspeed(self):
         import deepspeed
 
         options = self.config.optimizer
-        optimizer = GuardedAdamW(
+        self._optimizer = GuardedAdamW(
             parameter_groups(self.model.canonical_parameters(), options, self.definition.role_factors),
             self._is_taken, lr=options.lr, betas=(options.adam_beta1, options.adam_beta2),
         )
         # What DeepSpeed prints while it starts (memory, in 16 bits) is noise in a job log.
         with contextlib.redirect_stdout(io.StringIO()):
             engine, *_ = deepspeed.initialize(
-                model=self.model, optimizer=optimizer, mpu=None if self.pipelined else DeepSpeedMpu(),
+                model=self.model, optimizer=self._optimizer, mpu=None if self.pipelined else DeepSpeedMpu(),
                 config=deepspeed_config(self.config, self.topology.world_size), dist_init_required=False,
             )
         return engine
 
-    def train_step(self, batches: Iterator[Batch], iteration: int, lr: float) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], iteration: int, lr: float, measured: bool = False) -> StepResult:
         """One optimizer step over `accumulation` micro-batches of this rank.
 
         Args:
@@ -128,7 +132,12 @@ class Engine:
                 `reads_data` is False.
             iteration: counted from 0; seeds the dropout masks.
             lr: learning rate of this step.
+            measured: measure the signal of this step (`measuring.read` gives it).
         """
+        with self.measuring.step(iteration) if measured else nullcontext():
+            return self._step(batches, iteration, lr)
+
+    def _step(self, batches: Iterator[Batch], iteration: int, lr: float) -> StepResult:
         self._forwards = iteration * self.accumulation
         self._begin_step()
         for group in self.engine.optimizer.param_groups:
@@ -138,7 +147,8 @@ class Engine:
         self._loss.begin(micro_batches, factor=self.accumulation * self.topology.data)
         on_device = ahead_on_device(micro_batches, self.device)
         if self.pipelined:
-            self.engine.train_batch(data_iter=map(self.definition.as_tuples, on_device))
+            with self.measuring.micro_batch(micro_batches[0] if micro_batches else None):
+                self.engine.train_batch(data_iter=map(self.definition.as_tuples, on_device))
             self._norm = self._reported_norm()
         else:
             self._train_plain(on_device)
@@ -161,8 +171,9 @@ class Engine:
     def _train_plain(self, micro_batches: Iterator[Batch]) -> None:
         self._switch_mode(training=True)
         for index, batch in enumerate(micro_batches):
-            loss = self._loss(self.engine(self.definition.inputs_of(batch)), batch)
-            self.engine.backward(loss)
+            with self.measuring.micro_batch(batch) if index == 0 else nullcontext():
+                loss = self._loss(self.engine(self.definition.inputs_of(batch)), batch)
+                self.engine.backward(loss)
             if self._zero_stage == 0 and index == self.accumulation - 1:
                 self._clip_at_zero_0()
             self.engine.step()
@@ -199,6 +210,8 @@ class Engine:
         if module.training:
             micro_batch = self._forwards * self.topology.data + self.coordinate.data
             seed_micro_batch(self.config.training.seed, micro_batch, self.coordinate.pipeline)
+            if self.pipelined:
+                self.measuring.forward(first=self._forwards % self.accumulation == 0)
             self._forwards += 1
 
     @torch.no_grad()

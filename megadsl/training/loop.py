@@ -14,7 +14,9 @@ from megadsl.checkpoint.manifest import CheckpointInfo, library_versions
 from megadsl.config import Config, save_config
 from megadsl.data.sampler import MicroBatches
 from megadsl.errors import UserError
+from megadsl.monitor.compare import agreement
 from megadsl.monitor.progress import Progress
+from megadsl.monitor.signal import SignalRecord, points_of
 from megadsl.monitor.writer import MetricsWriter
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import destroy_groups, initialize_groups
@@ -124,7 +126,7 @@ class Run:
         self.splits = self.task.splits(self.position.consumed_samples + self.left)
 
     def _make_writer(self) -> MetricsWriter:
-        writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard)
+        writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard, points_of(self.plan))
         save_config(self.config, self.run_dir / "config.yaml")
         (self.run_dir / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
         text = (self.run_dir / "config.yaml").read_text(encoding="utf-8")
@@ -168,7 +170,7 @@ class Run:
         training, index = self.config.training, self.position.iteration
         lr = learning_rate(index, self.config.optimizer, training.train_iters)
         with self.watch.during(Phase.STEP):
-            result = self.engine.train_step(batches, index, lr)
+            result = self.engine.train_step(batches, index, lr, measured=self._measures(index))
         self.position.iteration = done = index + 1
         self.position.consumed_samples += training.global_batch_size
         interval.add(result)
@@ -179,7 +181,12 @@ class Run:
             parts = {f"train/{name}": value for name, value in result.parts.items()} if len(result.parts) > 1 else {}
             self.writer.write(done, {"train/loss": result.loss, **parts, "train/lr": lr, "train/grad_norm": result.gradient_norm})
         self.progress.advance(done, result.loss)
-        if done % self.config.monitor.log_interval == 0 or done == training.train_iters:
+        logs = done % self.config.monitor.log_interval == 0 or done == training.train_iters
+        saves = self.config.checkpoint.save_interval and done % self.config.checkpoint.save_interval == 0
+        # Before a save: a resumed run has seen what this one has seen.
+        if index == 0 or logs or saves:
+            self._write_signal(self.engine.measuring.read())
+        if logs:
             record = interval.record(done, self.position.skipped, result, lr, self.device)
             self.progress.log(record.text())
             if self.writer:
@@ -192,7 +199,7 @@ class Run:
             return
         if training.eval_interval and done % training.eval_interval == 0 and done < training.train_iters:
             interval.pause(self._validate)
-        if self.config.checkpoint.save_interval and done % self.config.checkpoint.save_interval == 0:
+        if saves:
             # A checkpoint of a model that has just failed would push a good one out.
             if self.position.skipped_in_a_row:
                 self.progress.log(f"iteration {done} | not saved, because its step was skipped")
@@ -204,6 +211,7 @@ class Run:
         self._report(self.checkpointer.wait())
         checkpoint = self.recovery.go_back(fine, self.position.consumed_samples, self.checkpointer)
         load_state(self.engine.state, checkpoint)
+        self.engine.measuring.read()  # of steps that are gone
         self.position = replace(Position.of(checkpoint.info), consumed_samples=self.position.consumed_samples)
         self.saved_iteration = self.attempted_iteration = self.position.iteration
         if self.writer:
@@ -214,6 +222,21 @@ class Run:
             self.batches.close()
         self._size_data()
         self._read_on()
+
+    def _measures(self, index: int) -> bool:
+        """Whether the signal of the step with this index is measured: every so many, the first one always."""
+        interval = self.config.monitor.signal_interval
+        return bool(interval) and index % interval == 0
+
+    def _write_signal(self, record: SignalRecord | None) -> None:
+        if record is None:
+            return
+        if record.iteration == 0:
+            for line in agreement(self.plan, record):
+                self.progress.log(line)
+        if self.writer:
+            self.writer.write_signal(record)
+        self.recovery.observe_signal(record, self.progress, self.writer)
 
     def _count_skips(self, result: StepResult) -> None:
         position = self.position

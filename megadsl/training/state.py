@@ -47,7 +47,7 @@ class EngineState:
                  coordinate: Coordinate, device: torch.device):
         self._engine, self._zero_stage, self._device = engine, zero_stage, device
         self._topology, self._coordinate = topology, coordinate
-        self._fragments = [self._fragment(name, parameter) for name, parameter in parameters]
+        self.fragments = [self._fragment(name, parameter) for name, parameter in parameters]
         self._adam = engine.optimizer if zero_stage == 0 else engine.optimizer.optimizer
         self._exchange: _Exchange | None = None
 
@@ -82,7 +82,7 @@ class EngineState:
     def tensors(self, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, name, full fp32 tensor on the host) of what this rank writes; to be consumed on all ranks together."""
         if self._exchange is None:
-            self._exchange = _Exchange(self._fragments, self._zero_stage, self._topology, self._coordinate)
+            self._exchange = _Exchange(self.fragments, self._zero_stage, self._topology, self._coordinate)
         for kind in kinds:
             for name, tensor in self._exchange.assemble(lambda fragment: self._values(kind, fragment), self._device):
                 yield kind, name, tensor
@@ -99,11 +99,11 @@ class EngineState:
 
         `partial`: parameters that the reader has not stay as they are.
         """
-        expected = {fragment.name for fragment in self._fragments}
+        expected = {fragment.name for fragment in self.fragments}
         if self._topology.pipeline == 1 and (foreign := set(reader.names("weights")) - expected):
             raise UserError(f"{reader.folder} holds tensors that the model has not, for example {min(foreign)}.")
         held = set(reader.names("weights"))
-        fragments = [fragment for fragment in self._fragments if not partial or fragment.name in held]
+        fragments = [fragment for fragment in self.fragments if not partial or fragment.name in held]
         for fragment in fragments:
             shape = reader.shape("weights", fragment.name)
             if shape != fragment.tag.full_shape:
@@ -143,7 +143,7 @@ class EngineState:
         if self._zero_stage in (1, 2):
             optimizer.update_lp_params()  # as after a step: rounded where they are 16-bit, gathered from all data ranks
         elif self._zero_stage == 3:
-            for fragment in self._fragments:
+            for fragment in self.fragments:
                 fragment.parameter.ds_tensor.narrow(0, 0, fragment.count).copy_(fragment.of(fragment.flat))
             persistent = optimizer.persistent_parameters
             if persistent:  # small parameters are kept gathered: gather them anew

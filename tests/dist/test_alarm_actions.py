@@ -218,11 +218,67 @@ def test_stop_saves_nothing_and_names_the_last_good_checkpoint(server, small_dat
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("iteration-*"))[-1] == "iteration-0000030"
 
 
+def measured(small_data, run_dir: Path, alarms: dict, layers: int = 12, lr: float = 3e-3, iterations: int = 30, interval: int = 10,
+             **sections) -> Config:
+    """Deep enough for a signal, and it is measured."""
+    return small_data.config(
+        run_dir, model={"num_layers": layers, **sections.pop("model", {})}, optimizer={"lr": lr, "lr_decay_style": "constant"},
+        training={"train_iters": iterations, "eval_iters": 0, "hang_minutes": 0.0},
+        monitor={"alarms": alarms, "signal_interval": interval, "log_interval": 10}, checkpoint={"save_interval": 10, "keep_last": 10}, **sections,
+    )
+
+
+def test_a_healthy_run_raises_none_of_the_measured_ones(server, small_data, tmp_path):
+    """300 steps; the same model and data that the runs below spoil."""
+    said = server.run(1, run, measured(small_data, tmp_path, {}, iterations=300, interval=20), range(0))[0]
+    assert "done at iteration 300" in said and len((tmp_path / "signal.jsonl").read_text().splitlines()) == 1 + 15
+    assert alarms_of(tmp_path) == []
+
+
 def test_a_learning_rate_30_times_too_high(server, small_data, tmp_path):
-    """A run that is resumed with it, by mistake."""
-    server.run(1, run, configured(small_data, tmp_path, {}, iterations=40), range(0))
-    said = server.run(1, run, configured(small_data, tmp_path, {"loss_spike": {"action": "stop"}}, iterations=80, lr=0.3), range(0))[0]
-    assert "resuming after iteration 40" in said and "megadsl: An alarm stops the run: loss_spike, " in said
-    assert "the last good checkpoint is " in said and 41 <= alarms_of(tmp_path)[0]["iteration"] < 60
+    """The loss shows nothing: it falls to that of a model without layers, and stays there. The signal does, at once."""
+    config = measured(small_data, tmp_path, {"variance_drift": {"action": "stop"}}, lr=9e-2)
+    said = server.run(1, run, config, range(0))[0]
+    assert [(row["name"], row["iteration"]) for row in alarms_of(tmp_path)] == [("update_ratio", 0), ("variance_drift", 10)]
+    sentence = said.splitlines()[-1]
+    assert sentence.startswith("megadsl: An alarm stops the run: variance_drift, second moment ") and "none: nothing was saved" in sentence
 
 
+def test_xavier_post_norm_at_96_layers_is_named_at_step_0(server, small_data, tmp_path):
+    config = measured(small_data, tmp_path, {}, layers=96, iterations=1, model={"norm_position": "post"}, scheme={"name": "xavier"})
+    said = server.run(1, run, config, range(0))[0]
+    assert [(row["name"], row["iteration"]) for row in alarms_of(tmp_path)] == [("gradient_ratio", 0)]
+    assert "alarm gradient_ratio | iteration 0 at decoder." in said and "scheme=dslm" in said
+
+
+def scale_queries_and_keys(config: Config, iteration: int, factor: float) -> str:
+    """Run with the queries' and keys' weights of one layer multiplied once, behind `iteration`."""
+    from megadsl.training import loop
+
+    class Scaled(loop.Run):
+        done = False
+
+        def _iteration(self, batches, interval) -> None:
+            if self.position.iteration == iteration and not self.done:
+                self.done = True
+                [fragment] = [one for one in self.engine.state.fragments if one.name == "decoder.5.self_attention.linear_qkv.weight"]
+                model = self.config.model
+                heads = fragment.of(fragment.flat).view(model.num_attention_heads, 3, -1, model.hidden_size)
+                heads[:, :2] *= factor
+                self.engine.state._spread_weights()
+            super()._iteration(batches, interval)
+
+    loop.Run = Scaled
+    return run(config, range(0))
+
+
+def test_queries_and_keys_scaled_up_during_the_run(server, small_data, tmp_path):
+    alarms = {"logit_growth": {"action": "rollback"}}
+    said = server.run(1, scale_queries_and_keys, measured(small_data, tmp_path, alarms, iterations=60), 25, 20.0)[0]
+    found = {(row["name"], row["iteration"], row["where"]) for row in alarms_of(tmp_path)}
+    place = "decoder.5.self_attention"
+    assert ("logit_growth", 30, place) in found and ("entropy_collapse", 30, place) in found, found
+    # Measured at iteration 20 and fine then; what was saved at 30 would hold the trouble, and is not there to go back to.
+    assert "went back to iteration 20; " in said and "done at iteration 60" in said and said.count("went back") == 1
+    rows = [json.loads(line) for line in (tmp_path / "signal.jsonl").read_text().splitlines()[1:]]
+    assert [row["iteration"] for row in rows] == [0, 10, 20, 30, 40, 50]

@@ -70,7 +70,8 @@ def curves(small_data, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_every_layout_gives_the_same_curve(curves, name):
     losses, norms, validation = curves[name, REFERENCE]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.3, "the reference must learn, or parity means nothing"
+    # Five batches each, because their losses scatter by .3.
+    assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5]) - 5 * 0.15, "the reference must learn, or parity means nothing"
     assert max(norms) > 0.5, "clipping must bind (clip_grad 0.5), or a wrong norm would not be seen"
     for layout in RUNS[name][0]:
         other_losses, other_norms, other_validation = curves[name, layout]
