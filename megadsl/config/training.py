@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from megadsl.config.alarms import AlarmsConfig
 from megadsl.config.section import Section
 
 
@@ -98,3 +99,4 @@ class MonitorConfig(Section):
     wandb: bool = Field(False, description="also show everything on Weights & Biases (package wandb; WANDB_MODE=offline sends nothing)")
     wandb_project: str = "megadsl"
     wandb_entity: str | None = Field(None, description="user or team on Weights & Biases (default: your own)")
+    alarms: AlarmsConfig = Field(default_factory=AlarmsConfig)

@@ -43,6 +43,7 @@ class StepResult:
         tokens: tokens that are not padding.
         positions: all positions, padding included.
         largest_score: of attention, before any cap; None: not searched (optimizer.qk_clip).
+        refused: whether an alarm refused the step (monitor.alarms, action skip); the weights are as before it.
     """
 
     loss: float
@@ -51,10 +52,15 @@ class StepResult:
     tokens: int = 0
     positions: int = 0
     largest_score: float | None = None
+    refused: bool = False
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
     @property
     def skipped(self) -> bool:
-        return not (math.isfinite(self.loss) and math.isfinite(self.gradient_norm))
+        return self.refused or not self.finite
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,12 @@ class Engine:
 
     Args:
         filled: names of parameters that a checkpoint will fill: nothing is drawn for them.
+        refuses: asked before every optimizer step with the loss and the gradient norm, on all ranks together and with one answer:
+            whether this step is left out. None: no step is.
     """
 
     def __init__(self, config: Config, task: Task, plan: SignalPlan, topology: Topology, coordinate: Coordinate, device: torch.device,
-                 filled: Container[str] = ()):
+                 filled: Container[str] = (), refuses: Callable[[float, float], bool] | None = None):
         self.config, self.task, self.topology, self.coordinate, self.device = config, task, topology, coordinate, device
         self.definition = task.define_model(plan)
         self.pipelined = topology.pipeline > 1
@@ -93,6 +101,8 @@ class Engine:
         self._parameters = list(self.model.parameters())
         self._forwards = 0
         self._norm = 0.0
+        self._refuses = refuses
+        self._begin_step()
         self._zero_stage = config.parallel.zero_stage
         self.engine = self._initialize_deepspeed()
         self.state = EngineState(
@@ -108,7 +118,7 @@ class Engine:
         options = self.config.optimizer
         self._optimizer = GuardedAdamW(
             parameter_groups(self.model.canonical_parameters(), options, self.definition.role_factors),
-            self._gradients_are_finite, lr=options.lr, betas=(options.adam_beta1, options.adam_beta2),
+            self._is_taken, lr=options.lr, betas=(options.adam_beta1, options.adam_beta2),
         )
         # What DeepSpeed prints while it starts (memory, in 16 bits) is noise in a job log.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -133,6 +143,7 @@ class Engine:
 
     def _step(self, batches: Iterator[Batch], iteration: int, lr: float) -> StepResult:
         self._forwards = iteration * self.accumulation
+        self._begin_step()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         micro_batches = [next(batches) for _ in range(self.accumulation)] if self.reads_data else []
@@ -145,10 +156,22 @@ class Engine:
             self._norm = self._reported_norm()
         else:
             self._train_plain(on_device)
-        sums, tokens, positions = self._loss.end()
-        parts = {part.name: total / max(1.0, count) for part, (total, count) in zip(self.task.loss_parts, sums, strict=True)}
-        result = StepResult(sum(parts.values()), self._norm, parts, round(tokens), round(positions))
+        parts, tokens, positions = self._totals()
+        result = StepResult(sum(parts.values()), self._norm, parts, round(tokens), round(positions), refused=self._refused)
         return replace(result, largest_score=self._qk_clip.after_step(not result.skipped)) if self._qk_clip else result
+
+    def _begin_step(self) -> None:
+        self._taken: bool | None = None  # not known yet
+        self._refused = False
+        self._ended: tuple | None = None
+
+    def _totals(self) -> tuple[dict[str, float], float, float]:
+        """(mean of every part of the loss, tokens, positions) of the global batch: one collective a step, whenever it is asked for."""
+        if self._ended is None:
+            sums, tokens, positions = self._loss.end()
+            parts = {part.name: total / max(1.0, count) for part, (total, count) in zip(self.task.loss_parts, sums, strict=True)}
+            self._ended = parts, tokens, positions
+        return self._ended
 
     def _train_plain(self, micro_batches: Iterator[Batch]) -> None:
         self._switch_mode(training=True)
@@ -178,8 +201,15 @@ class Engine:
         # DeepSpeed marks a norm that is not finite with -1 in places.
         return float(norm) if norm is not None and norm >= 0 else math.inf
 
-    def _gradients_are_finite(self) -> bool:
-        return math.isfinite(self._norm if self._zero_stage == 0 else self._reported_norm())
+    def _is_taken(self) -> bool:
+        """Whether the optimizer takes this step; decided once, though asked for every parameter group."""
+        if self._taken is None:
+            norm = self._norm if self._zero_stage == 0 else self._reported_norm()
+            self._taken = math.isfinite(norm)
+            if self._taken and self._refuses is not None:
+                self._refused = self._refuses(sum(self._totals()[0].values()), norm)
+                self._taken = not self._refused
+        return self._taken
 
     def _seed_forward(self, module, arguments) -> None:
         if module.training:

@@ -113,6 +113,7 @@ class EngineState:
         self._load_kind("weights", reader, fragments, [fragment.of(fragment.flat) for fragment in fragments])
         self._spread_weights()
         if not steps:
+            self._forget_moments()
             return
         for kind in KINDS[1:]:
             self._load_kind(kind, reader, fragments, [
@@ -166,6 +167,12 @@ class EngineState:
             state.update({kind: torch.zeros_like(flat) for kind in KINDS[1:]})
         state["step"] = torch.tensor(float(steps), device=flat.device)
         return state
+
+    def _forget_moments(self) -> None:
+        """As before the first step: an engine that has trained may go back to a checkpoint without any."""
+        for state in self._adam.state.values():
+            for tensor in state.values():
+                tensor.zero_()
 
     def _read(self, fragment: Fragment, kind: str, reader: TensorReader, target: torch.Tensor) -> None:
         """Copy a fragment from its file: the rows that it touches of the parts that this tensor-parallel rank holds."""
