@@ -70,6 +70,7 @@ def heat_map(name: str, values: np.ndarray, xlabel: str, ylabel: str, log: bool 
              x: Sequence[float] | None = None) -> Drawing:
     """values [rows, columns], the first row at the bottom; what is not finite stays empty. `x`: of the columns."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     figure, axis = _axes()
     shown = np.ma.masked_invalid(np.asarray(values, float))
@@ -80,6 +81,7 @@ def heat_map(name: str, values: np.ndarray, xlabel: str, ylabel: str, log: bool 
     if x is not None:
         places = np.unique(np.linspace(0, len(x) - 1, min(6, len(x))).round().astype(int))
         axis.set_xticks(places, [f"{x[place]:g}" for place in places])
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     colours = figure.colorbar(image, ax=axis)
     colours.ax.tick_params(colors=_INK, which="both", labelsize=8)
     colours.outline.set_visible(False)
@@ -116,7 +118,7 @@ def _scale(axis, values: np.ndarray, log: bool | None) -> None:
         log = positive.size > 0 and positive.size == values.size and positive.max() / positive.min() > 10.0
     if log and positive.size:
         axis.set_yscale("log")
-    elif values.size and values.min() >= 0 and (values.max() - values.min()) < 0.2 * values.max():
+    elif values.size and values.min() >= 0 and (values.max() - values.min()) <= 0.2 * values.max():
         axis.set_ylim(0.0, 1.15 * values.max() or 1.0)  # an axis that does not magnify noise
     # One far value must not press all others flat: the axis is then cut.
     if not log and values.size > 20 and math.isfinite(values.max()):

@@ -20,9 +20,9 @@ h1 { font-size: 1.5rem; margin: .2rem 0; } h2 { font-size: 1.15rem; margin: 2rem
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } p { margin: .4rem 0; max-width: 60rem; } .quiet, figcaption, caption { color: var(--quiet); }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .6rem 0; font-size: .9rem; }
 .note { border-left: 3px solid var(--line); padding-left: .7rem; color: var(--quiet); } .bad { border-color: var(--bad); color: inherit; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .5rem; margin: .8rem 0; padding: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 11rem), 1fr)); gap: .5rem; margin: .8rem 0; padding: 0; }
 .facts div { background: var(--soft); padding: .4rem .6rem; border-radius: .3rem; }
-.facts dt { color: var(--quiet); font-size: .8rem; } .facts dd { margin: 0; font-weight: 600; }
+ul { margin: .4rem 0; padding-left: 1.2rem; } .facts dt { color: var(--quiet); font-size: .8rem; } .facts dd { margin: 0; font-weight: 600; }
 .scroll { overflow-x: auto; margin: .6rem 0; } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .2rem 0; } th, td { padding: .2rem .8rem .2rem 0; text-align: right; vertical-align: top; overflow-wrap: normal; }
 th { font-weight: 600; border-bottom: 1px solid var(--line); } td { border-bottom: 1px solid var(--soft); }
@@ -65,6 +65,10 @@ class Page:
 
     def text(self, text: str) -> None:
         self._parts.append(f"<p>{escape(text)}</p>")
+
+    def points(self, lines: Sequence[str]) -> None:
+        """A list, a sentence each."""
+        self._parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
 
     def note(self, text: str, bad: bool = False) -> None:
         """A line at the side: what is missing, or (`bad`) what is wrong."""
