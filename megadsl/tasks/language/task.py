@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from megadsl.inference.load import TrainedModel
     from megadsl.model.activations import Activations
-    from megadsl.tasks.language.samples import LanguageSplits, Objective
+    from megadsl.tasks.language.samples import LanguageSplits, Objective, Spread
 
 DEFAULT_VOCAB_SIZE = 32000
 
@@ -180,13 +180,26 @@ class LanguageTask(Task):
         """Sums of loss parts and metrics over windows of `tokens` that do not overlap, spread over all of them where
         request.max_tokens is less."""
         from megadsl.tasks.evaluation import evaluation_sums
+
+        samples = self._spread(tokens, -(-(request.max_tokens or tokens.size) // self.window.length))
+        return evaluation_sums(self, model, samples, request)
+
+    def evaluation_samples(self, request: EvaluationRequest, count: int) -> list[Batch]:
+        """Of the data that the model was trained on, where the request names none."""
+        trained_on = self.config.data.datasets
+        data = request.data or (trained_on[0].path if trained_on else None)
+        samples = self._spread(self.evaluation_text(replace(request, data=data))[0], count)
+        return [samples[index] for index in range(len(samples))]
+
+    def _spread(self, tokens: "np.ndarray", count: int) -> "Spread":
+        """`count` windows of `tokens` that do not overlap, spread over all of them."""
         from megadsl.tasks.language.samples import Spread, StreamSamples
 
         length = self.window.length
         samples = StreamSamples(tokens, self.objective(), length)
         if not len(samples):
             raise UserError(f"The text has {tokens.size} tokens, but one sample of this model is made from {length}; give more text.")
-        return evaluation_sums(self, model, Spread(samples, -(-(request.max_tokens or tokens.size) // length)), request)
+        return Spread(samples, count)
 
     def describe_samples(self, split: str, count: int) -> Sequence:
         from megadsl.tasks.language.show import describe_samples
