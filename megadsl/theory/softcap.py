@@ -55,22 +55,29 @@ class Overlaps:
         return np.polynomial.polynomial.polyval(correlation, self.slope)
 
 
-@lru_cache(maxsize=256)
-def overlaps(variance: float, cap: float) -> Overlaps:
-    """Overlaps of scores of one variance under one cap."""
+@lru_cache(maxsize=1)
+def _hermite() -> tuple[np.ndarray, np.ndarray]:
+    """(nodes z, normalised Hermite polynomials times the weights of a Gaussian mean [degree + 1, z])."""
     z = np.linspace(-9.0, 9.0, 1441)
     weight = np.exp(-0.5 * z * z) * (z[1] - z[0]) / math.sqrt(2.0 * math.pi)
-    # Normalised Hermite polynomials: h_{k+1} = (z h_k - sqrt(k) h_{k-1}) / sqrt(k+1).
+    # h_{k+1} = (z h_k - sqrt(k) h_{k-1}) / sqrt(k+1).
     previous, current, basis = np.zeros_like(z), np.ones_like(z), []
     for k in range(_DEGREE + 1):
         basis.append(current)
         previous, current = current, (z * current - math.sqrt(k) * previous) / math.sqrt(k + 1.0)
+    return z, np.stack(basis) * weight
+
+
+@lru_cache(maxsize=256)
+def overlaps(variance: float, cap: float) -> Overlaps:
+    """Overlaps of scores of one variance under one cap."""
+    z, basis = _hermite()
     tanh = np.tanh(math.sqrt(variance) * z / cap)
     found = []
     for function in (cap * tanh, 1.0 - tanh ** 2):
-        squares = (np.stack(basis) @ (weight * function)) ** 2
+        squares = (basis @ function) ** 2
         # What higher degrees hold belongs to r near 1, where only their sum counts.
-        squares[-1] += max(float(weight @ function ** 2) - squares.sum(), 0.0)
+        squares[-1] += max(float(basis[0] @ function ** 2) - squares.sum(), 0.0)
         found.append(squares)
     return Overlaps(*found)
 

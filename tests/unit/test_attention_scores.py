@@ -152,11 +152,11 @@ def test_a_capped_model_learns_through_the_cap(make_stack, family, recompute):
     loss_here = loss()
     loss_here.backward()
     weight = weights[-1]
-    direction = torch.randn(weight.shape, generator=generator)
-    expected, step, found = (weight.grad * direction).sum().item(), 1e-3, []
+    direction = weight.grad / weight.grad.norm()  # in which the loss changes most, so that rounding and curvature matter least
+    expected, step, found = weight.grad.norm().item(), 3e-2, []
     with torch.no_grad():
         for sign in (1, -1):
             weight.add_(direction, alpha=sign * step)
             found.append(loss().item())
             weight.sub_(direction, alpha=sign * step)
-    assert (found[0] - found[1]) / (2 * step) == pytest.approx(expected, rel=0.03, abs=2e-4) and abs(expected) > 1e-3
+    assert (found[0] - found[1]) / (2 * step) == pytest.approx(expected, rel=0.03) and expected > 1e-3
