@@ -31,7 +31,9 @@ def inspect(path: Path) -> dict:
         return report | {"problems": [str(error)]}
     problems = damaged_files(folder, manifest)
     problems |= {name: f"{name} is missing" for name in SMALL_FILES if name not in manifest.files}
-    report |= asdict(manifest.info) | {
+    info = asdict(manifest.info)
+    del info["alarms"]  # the memory of the alarms: some hundred numbers that say nothing to a reader
+    report |= info | {
         "complete": not problems, "problems": list(problems.values()), "files": len(manifest.files),
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "tensors": {kind: len(manifest.tensor_files(kind)) for kind in KINDS}, "format": "safetensors, fp32 by canonical name",

@@ -99,11 +99,12 @@ class Recovery:
         Raises:
             UserError: it shall stop instead, or has gone back too often.
         """
-        alarm, self._raised = severest(self._raised), []
+        asking = [alarm for alarm in self._raised if alarm.action in ("rollback", "stop")]
+        self._raised = []
         if not self._acts:
             return None
-        asks = alarm is not None and alarm.action in ("rollback", "stop")
-        verdict = self._from_first_rank(2 * max(0, alarm.fine) + (alarm.action == "stop") if asks else -1)
+        alarm = severest(asking)
+        verdict = self._from_first_rank(2 * max(0, min(one.fine for one in asking)) + (alarm.action == "stop") if alarm else -1)
         if verdict < 0:
             return None
         fine, stops = divmod(verdict, 2)
