@@ -102,6 +102,9 @@ class VectorClassification(Task):
         counted = targets["labels"] >= 0
         return (Sum((output["logits"].argmax(dim=-1) == targets["labels"])[counted].sum(), counted.sum()),)
 
+    def real_positions(self, batch):
+        return dict.fromkeys(self.model.stack_layers, batch["segments"] > 0)
+
     def extent(self, batch):
         return Extent(int((batch["segments"] > 0).sum()), batch["segments"].numel())
 

@@ -24,11 +24,20 @@ def document() -> str:
 
 
 def _table(prefix: str, section: type[BaseModel]) -> list[str]:
+    rows = _rows(prefix, section)
+    return ["| key | type | default | |", "|---|---|---|---|", *rows] if rows else ["It has no options."]
+
+
+def _rows(prefix: str, section: type[BaseModel]) -> list[str]:
+    """A row an option; those of a section inside the section stand under its key."""
     rows = []
     for key, item in section.model_fields.items():
+        if isinstance(item.annotation, type) and issubclass(item.annotation, BaseModel):
+            rows += [f"| {prefix}.{key} | | | {' '.join(item.annotation.__doc__.split())} |", *_rows(f"{prefix}.{key}", item.annotation)]
+            continue
         default = "" if item.default is PydanticUndefined else f"`{item.default!r}`"
         rows.append(f"| {prefix}.{key} | {_type(item.annotation)} | {default} | {item.description or ''} |")
-    return ["| key | type | default | |", "|---|---|---|---|", *rows] if rows else ["It has no options."]
+    return rows
 
 
 def _task_title(task: str) -> str:

@@ -64,8 +64,12 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU where there is one")
     parser.add_argument("--output", type=Path, default=Path("gpu-check.json"), help="JSON of the machine and all rows")
     parser.add_argument("--only", nargs="*", choices=list(CHECKS), default=[], help="run these checks alone")
-    parser.add_argument("--keep", type=Path, help="folder for corpus, runs and logs; else a temporary one")
+    parser.add_argument("--keep", type=Path, help="new folder for corpus, runs and logs; else a temporary one")
     options = parser.parse_args()
+    if options.keep and options.keep.is_dir() and any(options.keep.iterdir()):
+        # What an earlier check has trained there would be resumed, and nothing would be checked.
+        print(f"gpu_check: {options.keep} is not empty; give --keep a new folder.", file=sys.stderr)
+        return 2
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep.resolve() if options.keep else Path(temporary)

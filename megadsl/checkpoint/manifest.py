@@ -38,6 +38,8 @@ class CheckpointInfo:
         data_fingerprints: what identifies the data that the run reads (Task.data_fingerprints); None: not known (an import, or a
             checkpoint of an older version).
         first_loss: of the run's first finite iteration.
+        rollbacks: [iteration, from, to] of every time that the run went back to `iteration` and left out the samples [from, to).
+        alarms: what the alarms of every step remember (monitor/alarms.py).
     """
 
     iteration: int
@@ -56,6 +58,8 @@ class CheckpointInfo:
     task: str | None = None
     data_fingerprints: dict[str, str] | None = None
     first_loss: float | None = None
+    rollbacks: list[list[int]] = field(default_factory=list)
+    alarms: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -95,12 +95,23 @@ class CheckpointStore:
         if final.exists():  # a damaged one, which this run went back behind
             final.rename(self.folder / f"{REMOVED}{final.name}")
         staging.rename(final)
-        with written_atomically(self.folder / "latest") as temporary:
-            temporary.write_text(final.name, encoding="utf-8")
-            sync(temporary)
-        sync(self.folder)
+        self._name_latest(final)
         self.remove_leftovers()
         return final
+
+    def _name_latest(self, folder: Path) -> None:
+        with written_atomically(self.folder / "latest") as temporary:
+            temporary.write_text(folder.name, encoding="utf-8")
+            sync(temporary)
+        sync(self.folder)
+
+    def remove_after(self, iteration: int) -> None:
+        """Remove what is newer than the checkpoint of `iteration`, the newest first (one rank calls it)."""
+        for path in self.candidates():
+            if path.name > self.path(iteration).name:
+                path.rename(self.folder / f"{REMOVED}{path.name}")
+        self._name_latest(self.path(iteration))
+        self.remove_leftovers()
 
     def prune(self, newest: int, keep_last: int, keep_every: int) -> None:
         """Remove what is older than the last `keep_last` up to iteration `newest`, which is complete; multiples of

@@ -73,7 +73,7 @@ def _repeats(folder: Path, manifest: dict, seq_length: int) -> float | None:
 
     # With the overlap of a causal sample, whatever objective will read the dataset.
     window = Window(seq_length, overlap=1)
-    sequences = Windows(folder, manifest, "train", window, seed=0, tokenizer=Tokenizer.load(folder / TOKENIZER))
+    sequences = Windows(folder, manifest, "train", window, seed=0, tokenizer=Tokenizer.load(folder / TOKENIZER), cached=False)
     most = max(1, min(_SAMPLED_SEQUENCES, _SAMPLED_TOKENS // seq_length))
     # The samples are in random order, so the first ones are a random draw.
     return repeat_probability(np.stack([sequences[i]["window"][:-1] for i in range(min(most, sequences.samples_per_epoch))]))

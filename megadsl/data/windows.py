@@ -41,9 +41,13 @@ class _Epoch(GPTDataset):
 
 
 class Windows(torch.utils.data.Dataset):
-    """One split of one dataset folder, endless: window i is number i mod n of epoch i // n, for n windows an epoch."""
+    """One split of one dataset folder, endless: window i is number i mod n of epoch i // n, for n windows an epoch.
 
-    def __init__(self, folder: Path, manifest: dict, split: str, window: Window, seed: int, tokenizer: Tokenizer):
+    `cached` False: the index is built in memory, for a reader that comes once.
+    """
+
+    def __init__(self, folder: Path, manifest: dict, split: str, window: Window, seed: int, tokenizer: Tokenizer,
+                 cached: bool = True):
         require_tokens(folder, manifest, split, window)
         prefix = str(folder / split)
         config = _config(prefix, window, seed, tokenizer)
@@ -54,7 +58,8 @@ class Windows(torch.utils.data.Dataset):
             "dataset": fingerprint(manifest), "split": split, "window": list(window), "seed": config.random_seed,
             "megatron": version("megatron-core"),
         }
-        self._epoch = _Epoch(folder, self.index_key, indexed, prefix, documents, None, _MEGATRON_SPLITS[split], config)
+        arguments = (indexed, prefix, documents, None, _MEGATRON_SPLITS[split], config)
+        self._epoch = _Epoch(folder, self.index_key, *arguments) if cached else GPTDataset(*arguments)
         self._seed = seed
         self._overlap = window.overlap
         self.samples_per_epoch = len(self._epoch)

@@ -19,11 +19,11 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megadsl.model.normal import normal_numbers
 from megadsl.parallel.rng import key_from
 
-# Every role of a parameter of the trunk and the language heads, and whether weight decay pulls it towards zero: matrices; on norms,
+# Every role of a parameter that a plan or a language model knows, and whether weight decay pulls it towards zero: matrices; on norms,
 # biases, embeddings and gates the field does without it. query_key_value is self-attention's, query and key_value cross-attention's.
 DECAYS = {
     "query_key_value": True, "query": True, "key_value": True, "attention_output": True, "fc1": True, "fc2": True,
-    "output_head": True, "head_dense": True,
+    "input_projection": True, "output_head": True, "head_dense": True,
     "word_embedding": False, "position_embedding": False, "tokentype_embedding": False, "relative_attention_bias": False,
     "bias": False, "norm_weight": False, "norm_bias": False, "residual_gate": False,
 }
@@ -118,9 +118,8 @@ class ParameterTag:
             return [(slice(0, self.full_shape[0]),)]
         rows = self.full_shape[0] // self.blocks
         if self.partition_dim == 0:
-            return [
-                (slice(block * rows + rows * rank // size, block * rows + rows * (rank + 1) // size),) for block in range(self.blocks)
-            ]
+            first, end = rows * rank // size, rows * (rank + 1) // size
+            return [(slice(block * rows + first, block * rows + end),) for block in range(self.blocks)]
         uncut = [slice(0, length) for length in self.full_shape[:self.partition_dim]]
         length = self.full_shape[self.partition_dim]
         return [(*uncut, slice(length * rank // size, length * (rank + 1) // size))]

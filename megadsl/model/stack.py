@@ -133,6 +133,10 @@ def build_pipeline(entries: Sequence[LayerEntry], inputs: tuple[str, ...], loss_
             value = super().forward(Activations.from_stage(value, entries[start].takes if start else inputs))
             return value if stop == len(entries) else value.to_stage(entries[stop].takes)
 
+        def calls(self) -> list[tuple[LayerEntry, Callable]]:
+            """(entry, callable) of this stage in order."""
+            return list(zip(entries[self._local_start:self._local_stop], self.forward_funcs, strict=True))
+
         def canonical_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
             for name, parameter in self.named_parameters():
                 head, _, rest = name.partition(".")

@@ -10,7 +10,8 @@ from megadsl.data.sampler import MicroBatches
 from megadsl.model.init import initialize
 from megadsl.model.precision import prepare_precision
 from megadsl.model.stack import SequentialModel
-from megadsl.monitor.probes import StreamProbes, residual_connections
+from megadsl.monitor.probes import SignalProbes
+from megadsl.monitor.signal import points_of
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import initialize_groups
 from megadsl.parallel.launch import Launch
@@ -36,8 +37,7 @@ def measure_at_init(config: Config, plan: SignalPlan, num_seeds: int) -> list[St
     network = SequentialModel(definition.entries)
     prepare_precision(network, config.training.precision)
     network.to(device).train()
-    modules = {entry.name: module for entry, module in network.calls()}
-    watched = [modules[definition.embedding], *residual_connections(network), modules["final_norm"]]
+    probes = SignalProbes(network.calls(), points_of(plan), definition.embedding, device, sequences=None)
     reader = MicroBatches(
         task.splits(SAMPLES).train, consumed_samples=0, micro_batch_size=SAMPLES, global_batch_size=SAMPLES, num_samples=SAMPLES,
         collate=task.collate,
@@ -45,20 +45,14 @@ def measure_at_init(config: Config, plan: SignalPlan, num_seeds: int) -> list[St
     batch = next(reader)
     counts = task.counts(batch)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with StreamProbes(network, watched) as probes:
+    with probes.watching(task.real_positions(batch)):
         for seed in range(config.training.seed, config.training.seed + num_seeds):
             initialize(network.canonical_parameters(), seed, 0, 1)
             seed_micro_batch(seed, 0, 0)  # dropout
             sums = task.loss(network(definition.inputs_of(batch)), batch)
             sum(total / max(1.0, count) for total, count in zip(sums, counts, strict=True)).backward()
             network.zero_grad()
-    moments = probes.read()
-    # The plan's gradients are in units of the gradient at the LM head's input, which the final norm puts out.
-    unit = moments.gradient_variance[-1]
-    return [
-        StreamPrediction(variance, correlation, gradient / unit, gradient_correlation)
-        for variance, correlation, gradient, gradient_correlation in zip(
-            moments.forward_variance[:-1], moments.correlation[:-1], moments.gradient_variance[:-1],
-            moments.gradient_correlation[:-1], strict=True,
-        )
-    ]
+    values = probes.read(0).values
+    columns = ("forward_second_moment", "token_correlation", "gradient_variance", "gradient_correlation")
+    # All but the last point, which is the head's input.
+    return [StreamPrediction(*row) for row in zip(*(values[name][:-1].tolist() for name in columns), strict=True)]

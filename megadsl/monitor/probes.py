@@ -1,99 +1,279 @@
-"""Measured moments of the residual stream, one set a sublayer, accumulated on the device.
+"""Probes: the signal measured in a model while it runs, from outside: forward code does not know of them, and without them nothing runs.
 
-A probe wraps what a ResidualConnection returns, from outside: nothing in forward code knows of it, and nothing is copied
-to the host before `read`. Shape letters: s sequence, b micro-batch, h hidden, l sublayers of this stage.
+Hooks are there on measured steps only. They copy a sample (a few sequences; of attention a few queries of one sequence) and hand it to
+moments.py; what stays are sums, a few numbers a layer, on the device. `read` adds them up over ranks, the one synchronisation, and makes
+a SignalRecord. Right under tensor parallelism (the stream is the same on its ranks, heads and FFN units are sliced), pipeline (each
+stage measures its own points), data parallelism and accumulation (the first micro-batch of the global batch is measured), ZeRO and
+recomputation (the first run of a layer gives the forward moments, the second the gradient's).
+
+Shape letters: s sequence, b micro-batch, h hidden, n heads, g query groups, d head size, f FFN size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from megadsl.model.activations import Activations
+from megadsl.model.layer import Layer
 from megadsl.model.residual import ResidualConnection
+from megadsl.model.stack import LayerEntry
+from megadsl.monitor.moments import Rows, angles, attention_sums, dead_sums, stream_sums
+from megadsl.monitor.signal import Point, SignalRecord
+from megadsl.parallel.groups import add_up_signal
+
+_ADDITIONS = {"self_attention": "self_attn_bda", "cross_attention": "cross_attn_bda", "ffn": "mlp_bda"}
+SEQUENCES = 2  # of a micro-batch
+QUERIES = 16  # of one sequence
+TOKENS = 64  # of one sequence, for dead units
+# Columns of the sums: where each group of numbers begins.
+_FORWARD, _GRADIENT, _ATTENTION, _DEAD, _ANGLE, _COLUMNS = 0, 5, 10, 13, 15, 17
 
 
-@dataclass(frozen=True)
-class StreamMoments:
-    """Per coordinate, by sublayer in forward order, each [l]. Gradient moments are in the units of the loss given to backward."""
+class SignalProbes:
+    """Measures the points of a stage's part of a model.
 
-    forward_variance: list[float]
-    correlation: list[float]
-    gradient_variance: list[float]
-    gradient_correlation: list[float]
+        with probes.watching(real):
+            loss_of(model(batch)).backward()
+        record = probes.read(iteration)
 
-
-class StreamProbes:
-    """Measures the stream after every residual addition of `model` (or the outputs of `modules`) while the context is open.
-
-        with StreamProbes(model) as probes:
-            loss = loss_of(model(inputs))
-            loss.backward()
-        moments = probes.read()
+    Args:
+        calls: (entry, module) of the list of layers, as far as this stage has them.
+        points: of the whole model (signal.points_of).
+        embedding: name of the entry behind which the first point lies.
+        sequences: how many of a micro-batch are measured; None: all.
+        tensor_size: tensor-parallel ranks, which all see the same stream.
     """
 
-    def __init__(self, model: torch.nn.Module, modules: Sequence[torch.nn.Module] | None = None):
-        self._modules = residual_connections(model) if modules is None else list(modules)
-        device = next(model.parameters()).device
-        self._forward = torch.zeros(len(self._modules), 3, device=device)  # sums of (second moment, overlap, 1)
-        self._gradient = torch.zeros_like(self._forward)
+    def __init__(self, calls: Sequence[tuple[LayerEntry, Callable]], points: Sequence[Point], embedding: str, device: torch.device,
+                 sequences: int | None = SEQUENCES, tensor_size: int = 1):
+        self._calls, self._points, self._embedding, self._device = list(calls), list(points), embedding, device
+        self._sequences, self._share = sequences, 1.0 / tensor_size
+        self._place = {(point.stack, point.layer, point.kind): index for index, point in enumerate(self._points)}
+        self._stacks = list(dict.fromkeys(point.stack for point in self._points if point.stack))
+        self._layer_ends = self._ends()
+        self._carry = {stack: max(count for index, count in self._layer_ends.items() if self._points[index].stack == stack)
+                       for stack in self._stacks}  # rows that an angle looks back
         self._handles: list = []
+        self.recording = True  # False: hooks stay, and look away (micro-batches that are not measured)
+        self._reset()
 
-    def __enter__(self) -> "StreamProbes":
-        for index, module in enumerate(self._modules):
-            hook = self._around_addition(index) if isinstance(module, ResidualConnection) else self._on_output(index)
-            self._handles.append(module.register_forward_hook(hook))
+    def _ends(self) -> dict[int, int]:
+        """Place of the last addition of every layer -> additions of that layer."""
+        ends, counts = {}, {}
+        for index, point in enumerate(self._points):
+            if point.stack:
+                counts[point.stack, point.layer] = counts.get((point.stack, point.layer), 0) + 1
+                ends[point.stack, point.layer] = index
+        return {index: counts[key] for key, index in ends.items()}
+
+    def _reset(self) -> None:
+        # In fp64: a mean over a run must not depend on how many steps it is of.
+        self._sums = torch.zeros(len(self._points), _COLUMNS, dtype=torch.float64, device=self._device)
+        self._largest = torch.full((len(self._points),), -torch.inf, device=self._device)
+
+    # What is watched.
+
+    def watching(self, real: dict[str, torch.Tensor] | None = None) -> "SignalProbes":
+        """Measure what runs inside, while `recording`. `real`: by stack, which positions are not padding, [b, s]; a stack that is
+        not named has none."""
+        self.recording = True
+        self._real = {stack: one[:self._sequences].T.float() for stack, one in (real or {}).items()}
+        return self
+
+    def __enter__(self) -> "SignalProbes":
+        self._rows: dict[tuple, Rows] = {}
+        self._visible: dict[tuple[str, str], tuple] = {}  # by stack and kind: the same for all its layers
+        self._scale: dict[tuple[str, str], float] = {}
+        self._run_again: set[int] = set()
+        self._forward_in: set[Layer] = set()
+        self._borrowed: int | None = None
+        before = False  # whether what flows into the next layer is measured here
+        for entry, module in self._calls:
+            if isinstance(module, Layer):
+                stack, _, number = entry.name.rpartition(".")
+                if not before and int(number):
+                    self._watch_border(module, stack, int(number))
+                self._watch_layer(module, stack, int(number))
+                before = True
+            elif entry.name == self._embedding:
+                self._handles.append(module.register_forward_hook(self._on_output(self._stacks[0], 0)))
+            elif entry.name == "final_norm":
+                self._handles.append(module.register_forward_hook(self._on_output(self._stacks[-1], len(self._points) - 1)))
         return self
 
     def __exit__(self, *exception) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for rows in self._rows.values():
+            rows.flush()
+        self._rows.clear()
 
-    def read(self) -> StreamMoments:
-        """The means so far (one synchronisation)."""
-        forward, gradient = (sums[:, :2] / sums[:, 2:].clamp(min=1) for sums in (self._forward, self._gradient))
-        values = torch.cat([forward, gradient], dim=1).T.tolist()
-        return StreamMoments(values[0], _ratios(values[1], values[0]), values[2], _ratios(values[3], values[2]))
+    def _watch_layer(self, layer: Layer, stack: str, number: int) -> None:
+        inner = layer.layer
+        # What runs within a call of the layer gives its output; what runs outside of one is a recomputation. (Grad mode would not
+        # tell them apart: Megatron-core enables it around every residual addition.)
+        self._handles.append(layer.register_forward_pre_hook(lambda module, arguments: self._forward_in.add(module)))
+        self._handles.append(layer.register_forward_hook(lambda module, arguments, output: self._forward_in.discard(module)))
+        for kind, name in _ADDITIONS.items():
+            place = self._place.get((stack, number, kind))
+            if place is None:
+                continue
+            addition: ResidualConnection = getattr(inner, name)
+            self._handles.append(addition.register_forward_hook(self._around_addition(stack, place, layer)))
+            if kind == "ffn":
+                self._handles.append(inner.mlp.linear_fc2.register_forward_pre_hook(self._on_units(stack, place, layer)))
+            else:
+                core = getattr(inner, kind).core_attention
+                self._handles.append(core.register_forward_pre_hook(self._on_attention((stack, kind), place, layer), with_kwargs=True))
 
-    def _around_addition(self, index: int):
+    def _watch_border(self, layer: Layer, stack: str, number: int) -> None:
+        """The stage before measures what flows in; here the angle of the first layer needs it once more."""
+        place = self._borrowed = min(self._place[key] for key in self._place if key[:2] == (stack, number)) - 1
+
+        def hook(module, arguments) -> None:
+            if self.recording:
+                hidden = arguments[0].hidden.detach()[:, :self._sequences]
+                self._collect(("forward", stack), self._measure_stream, place, hidden, carry=self._carry[stack])
+
+        self._handles.append(layer.register_forward_pre_hook(hook))
+
+    def _around_addition(self, stack: str, place: int, layer: Layer) -> Callable:
         def wrap(module, arguments, add):
             def measured(branch_with_bias, residual, dropout):
-                return self._observe(index, add(branch_with_bias, residual, dropout))
+                added = add(branch_with_bias, residual, dropout)
+                return self._observe(stack, place, added, layer in self._forward_in, layer.recompute and layer.training)
 
             return measured
 
         return wrap
 
-    def _on_output(self, index: int):
-        return lambda module, arguments, output: self._observe(index, output)
+    def _on_output(self, stack: str, place: int) -> Callable:
+        def hook(module, arguments, output: Activations) -> None:
+            self._observe(stack, place, output.hidden, True)
 
-    def _observe(self, index: int, output: torch.Tensor | Activations) -> torch.Tensor | Activations:
-        hidden = output.hidden if isinstance(output, Activations) else output
-        self._forward[index] += _moments(hidden.detach())
-        if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: _accumulate(self._gradient, index, gradient))
-        return output
+        return hook
+
+    def _observe(self, stack: str, place: int, hidden: torch.Tensor, forward: bool, recomputed: bool = False) -> torch.Tensor:
+        if forward and self.recording:
+            self._collect(("forward", stack), self._measure_stream, place, hidden.detach()[:, :self._sequences], carry=self._carry[stack])
+        # A layer that is recomputed runs again in the backward pass, when other micro-batches may have been forward in between; they
+        # run again in the order in which they ran, so the first one is the measured one.
+        again = not forward and place not in self._run_again
+        if again:
+            self._run_again.add(place)
+        if hidden.requires_grad and (again or forward and self.recording and not recomputed):
+            hidden.register_hook(lambda gradient: self._collect(
+                ("gradient", stack), self._measure_gradient, place, gradient.detach()[:, :self._sequences]))
+        return hidden
+
+    def _collect(self, key: tuple, measure: Callable, place: int, *tensors: torch.Tensor, carry: int = 0) -> None:
+        # Returns None: a tensor hook that returns a tensor would replace the gradient.
+        if key not in self._rows:
+            self._rows[key] = Rows(lambda places, rows, carried: measure(key[1], places, rows, carried), carry)
+        self._rows[key].add(place, *tensors)
+
+    def _on_units(self, stack: str, place: int, layer: Layer) -> Callable:
+        def hook(module, arguments) -> None:
+            if self.recording and layer in self._forward_in:
+                units = arguments[0].detach()[:, 0]  # [s, f]
+                stride = max(1, len(units) // TOKENS)
+                self._collect(("units", stack), self._measure_units, place, units[::stride].abs().amax(dim=0))
+
+        return hook
+
+    def _on_attention(self, kind: tuple[str, str], place: int, layer: Layer) -> Callable:
+        def hook(module, arguments, named) -> None:
+            if not (self.recording and layer in self._forward_in):
+                return
+            query, key, _, mask = arguments
+            if query.size(0) < 2:
+                return  # token by token: no logits to speak of
+            chosen = slice(None, None, max(1, query.size(0) // QUERIES))
+            if kind not in self._visible:
+                self._visible[kind] = _visible(mask, range(query.size(0))[chosen], key.size(0), "causal" in str(named.get("attn_mask_type")),
+                                               query.device)
+                self._scale[kind] = module.softmax_scale or query.size(-1) ** -0.5
+            self._collect(("attention", kind), self._measure_attention, place, query.detach()[chosen, 0], key.detach()[:, 0])
+
+        return hook
+
+    # What is measured of a block of layers.
+
+    def _measure_stream(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
+        x, real = rows[0], self._real.get(stack)
+        own = carried + (places[carried] == self._borrowed)
+        if own < len(places):
+            self._add(places[own:], _FORWARD, stream_sums(x[own:], real) * self._share)
+        ends = [(row, row - self._layer_ends[place]) for row, place in enumerate(places)
+                if row >= carried and place in self._layer_ends and row >= self._layer_ends[place]]
+        if ends:
+            last, first = (torch.tensor(column, device=x.device) for column in zip(*ends, strict=True))
+            self._add([places[row] for row, _ in ends], _ANGLE, angles(x[last], x[first], real) * self._share)
+
+    def _measure_gradient(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
+        self._add(places, _GRADIENT, stream_sums(rows[0], self._real.get(stack)) * self._share)
+
+    def _measure_units(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
+        self._add(places, _DEAD, dead_sums(rows[0].float()))
+
+    def _measure_attention(self, kind: tuple[str, str], places: list[int], rows: tuple[torch.Tensor, torch.Tensor], carried: int) -> None:
+        seen, mask = self._visible[kind]
+        sums, largest = attention_sums(*rows, mask, seen, self._scale[kind])
+        self._add(places, _ATTENTION, sums)
+        index = torch.tensor(places, device=self._device)
+        self._largest[index] = torch.maximum(self._largest[index], largest.float())
+
+    def _add(self, places: list[int], column: int, found: torch.Tensor) -> None:
+        index = torch.tensor(places, device=self._device)
+        self._sums[:, column:column + found.size(1)].index_add_(0, index, found)
+
+    # What comes out.
+
+    def read(self, iteration: int, parameters: dict[str, dict[str, float]] | None = None) -> SignalRecord:
+        """The record of what was measured since the last `read`, on all ranks together."""
+        sums, largest = add_up_signal(self._sums, self._largest)
+        record = SignalRecord(iteration, _values(sums.cpu().numpy(), largest.cpu().numpy()), parameters or {})
+        self._reset()
+        return record
+
+
+def _visible(mask, queries: range, keys: int, causal: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(which keys the sampled queries of the first sequence see [q, t], what is added to their scores [1 or n, q, t] or None)."""
+    query, key = torch.tensor(queries, device=device), torch.arange(keys, device=device)
+    if isinstance(mask, BlockMask):
+        return mask.mask_mod(torch.zeros_like(query[:, None]), 0, query[:, None], key), None
+    if mask is None:
+        every = torch.ones(len(query), keys, dtype=torch.bool, device=device)
+        return (key <= query[:, None] if causal else every), None
+    rows = mask.detach()[0].expand(-1, max(queries) + 1 if mask.size(2) == 1 else -1, -1)[:, query]
+    return (rows > -torch.inf).all(dim=0), rows
+
+
+def _values(sums: np.ndarray, largest: np.ndarray) -> dict[str, np.ndarray]:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+            return np.where(bottom > 0, top / bottom, np.nan)
+
+        square, overlap, total, count, pairs = sums[:, _FORWARD:_GRADIENT].T
+        gradient, gradient_overlap, _, gradient_count, gradient_pairs = sums[:, _GRADIENT:_ATTENTION].T
+        second, gradient_variance = ratio(square, count), ratio(gradient, gradient_count)
+        variance, entropy, queries = sums[:, _ATTENTION:_DEAD].T
+        dead, units = sums[:, _DEAD:_ANGLE].T
+        angle, tokens = sums[:, _ANGLE:].T
+        return {
+            "forward_second_moment": second, "forward_mean": ratio(total, count),
+            "token_correlation": ratio(overlap, pairs) / second,
+            "gradient_variance": gradient_variance / gradient_variance[-1],
+            "gradient_correlation": np.where(gradient_variance > 0, ratio(gradient_overlap, gradient_pairs) / gradient_variance, np.nan),
+            "attention_logit_variance": ratio(variance, queries),
+            "attention_logit_max": np.where(np.isfinite(largest), largest, np.nan),
+            "attention_entropy": ratio(entropy, queries), "dead_activations": ratio(dead, units), "angular_distance": ratio(angle, tokens),
+        }
 
 
 def residual_connections(model: torch.nn.Module) -> list[ResidualConnection]:
     """The residual additions of a model in forward order."""
     return [module for module in model.modules() if isinstance(module, ResidualConnection)]
-
-
-@torch.no_grad()
-def _moments(x: torch.Tensor) -> torch.Tensor:
-    """x [s, b, h] -> (mean square, mean overlap of two different positions of a sequence, 1), per coordinate."""
-    s, b, h = x.shape
-    x = x.float()
-    square = x.square().sum()
-    overlap = (x.sum(dim=0).square().sum() - square) / max(1, s - 1)
-    return torch.stack([square, overlap, square.new_tensor(float(s * b * h))]) / (s * b * h)
-
-
-def _ratios(numerators: list[float], denominators: list[float]) -> list[float]:
-    return [n / d if d else 0.0 for n, d in zip(numerators, denominators, strict=True)]
-
-
-def _accumulate(sums: torch.Tensor, index: int, gradient: torch.Tensor) -> None:
-    sums[index] += _moments(gradient)  # returns None: a tensor hook that returns a tensor would replace the gradient

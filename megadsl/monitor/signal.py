@@ -33,9 +33,9 @@ QUANTITIES = {
     "angular_distance": "angle between a layer's input and output over pi, mean over tokens (0: the layer changes nothing)",
 }
 PARAMETER_QUANTITIES = {
-    "weight_norm": "root mean square of the weights",
-    "gradient_norm": "root mean square of the gradient that the optimizer gets",
-    "update_ratio": "root mean square of the step over that of the weights",
+    "weight_norm": "norm of a parameter",
+    "gradient_norm": "norm of the gradient that the optimizer gets for it (clipped)",
+    "update_ratio": "norm of the optimizer's step over that of the parameter",
 }
 # Which field of a plan's prediction goes with a measured quantity.
 PREDICTED = {

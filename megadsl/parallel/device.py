@@ -101,6 +101,11 @@ def on_gpu() -> bool:
     return _state["prepared"] == "cuda"
 
 
+def gpu_identity(device: torch.device) -> str:
+    """A name of the GPU that is the same in every process, whatever number it has there; "" for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
 def communication_backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 

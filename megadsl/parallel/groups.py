@@ -88,6 +88,37 @@ def largest_over_ranks(value: float, device: torch.device) -> float:
     return found.item()
 
 
+def sum_over_all_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def names_of_all_ranks(own: dict[str, int]) -> dict[str, int]:
+    """The entries that any rank gives, in the order of ranks; on all ranks together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(own)
+    gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    return {name: value for one in gathered for name, value in one.items()}
+
+
+def add_up_signal(sums: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sums` added over all ranks and the largest of `largest`, on all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return sum_over_all_ranks(sums), largest
+
+
+def broadcast_over_stages(value):
+    """What the first pipeline stage gives, on all stages (any object that can be pickled)."""
+    values = [value]
+    dist.broadcast_object_list(values, src=parallel_state.get_pipeline_model_parallel_first_rank(),
+                               group=parallel_state.get_pipeline_model_parallel_group())
+    return values[0]
+
+
 class DeepSpeedMpu:
     """parallel_state under the names that DeepSpeed uses. "Model parallel" means tensor parallel to DeepSpeed.
 

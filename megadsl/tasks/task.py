@@ -194,6 +194,10 @@ class Task(ABC):
         positions = next(iter(batch.values())).shape[0] * self.positions_per_sample
         return Extent(positions, positions)
 
+    def real_positions(self, batch: Batch) -> Batch:
+        """By stack, which positions of a batch are not padding, [b, s] bool; a stack that is not named has none."""
+        return {}
+
     @property
     def positions_per_sample(self) -> int:
         """Positions that flow through layers for one sample, padding included."""
@@ -220,6 +224,12 @@ class Task(ABC):
 
         dataset = getattr(self.splits(0), request.split)
         return mean_results(self, model, dataset, request)
+
+    def evaluation_samples(self, request: EvaluationRequest, count: int) -> "list[Batch]":
+        """At most `count` samples of what `request` names, spread over it, to look at a model with; UserError where there is none."""
+        dataset = getattr(self.splits(0), request.split)
+        count = min(count, len(dataset))
+        return [dataset[(2 * index + 1) * len(dataset) // (2 * count)] for index in range(count)]
 
     def require_known(self, request: EvaluationRequest) -> None:
         """UserError at the first option of a request that the task does not read."""

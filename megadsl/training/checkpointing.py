@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megadsl.checkpoint.lock import RunLock
-from megadsl.checkpoint.manifest import CheckpointInfo, damaged_files
-from megadsl.checkpoint.store import Checkpoint, CheckpointStore, write_small_files
+from megadsl.checkpoint.manifest import CheckpointInfo, DamagedCheckpoint, damaged_files
+from megadsl.checkpoint.store import Checkpoint, CheckpointStore, opened, write_small_files
 from megadsl.checkpoint.weights import TensorReader, write_tensors
 from megadsl.config import Config
 from megadsl.errors import UserError
@@ -67,7 +67,7 @@ class Checkpointer:
                 problem = str(error)
             except OSError as error:
                 problem = f"{self.store.folder} cannot be written ({error.strerror}); free some space or choose another training.run_dir."
-        problem = self._broadcast(problem)
+        problem = self.from_first_rank(problem)
         if problem:
             raise UserError(problem)
 
@@ -110,7 +110,7 @@ class Checkpointer:
     def _write(self, tensors: Iterable[tuple[str, str, torch.Tensor]], info: CheckpointInfo, plan: SignalPlan,
                files: dict[str, bytes]) -> SaveResult:
         staging = self.store.staging(info.iteration)
-        problem = self._broadcast(self._attempt(lambda: self.store.begin(info.iteration)) if self._rank == 0 else None)
+        problem = self.from_first_rank(self._attempt(lambda: self.store.begin(info.iteration)) if self._rank == 0 else None)
         records, error = write_tensors(staging, f"rank-{self._rank:05d}", tensors if not problem else _drained(tensors))
         if self._rank == 0 and not problem and error is None:
             problem = self._attempt(lambda: records.update(write_small_files(staging, self.config, plan, files)))
@@ -123,7 +123,7 @@ class Checkpointer:
             written = {name: record for own, _ in gathered for name, record in own.items()}
             problem = self._attempt(lambda: self._commit(info, written))
             problems = [problem] if problem else []
-        problem = self._broadcast(problems[0] if problems else None)
+        problem = self.from_first_rank(problems[0] if problems else None)
         if problem:
             if self._rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -142,7 +142,8 @@ class Checkpointer:
             return f"rank {dist.get_rank()}: {error.strerror or error} ({error.filename or 'no file named'})"
         return None
 
-    def _broadcast(self, value):
+    def from_first_rank(self, value):
+        """What rank 0 gives, on all ranks together."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
@@ -162,6 +163,27 @@ class Checkpointer:
         for path, problem in problems.items():
             self.log(f"warning: {path} is not usable ({problem}); going back to {checkpoint.path if checkpoint else 'the start'}")
         return checkpoint
+
+    def newest_until(self, iteration: int) -> Checkpoint | None:
+        """The newest checkpoint of `iteration` or an earlier one that all ranks together find intact; None without one."""
+        damaged: list[Path] = []
+        while (path := self.from_first_rank(self._newest_until(iteration, damaged))) is not None:
+            checkpoint = opened(path)
+            wrong = self.verify(checkpoint)
+            if wrong is None:
+                return checkpoint
+            self.log(f"warning: {path} is not usable ({wrong})")
+            damaged.append(path)
+        return None
+
+    def _newest_until(self, iteration: int, excluded: list[Path]) -> Path | None:
+        for checkpoint in reversed(self.store.complete() if self._rank == 0 else []):
+            if checkpoint.info.iteration <= iteration and checkpoint.path not in excluded:
+                try:
+                    return opened(checkpoint.path).path
+                except DamagedCheckpoint as error:
+                    self.log(f"warning: {checkpoint.path} is not usable ({error})")
+        return None
 
     def verify(self, checkpoint: Checkpoint) -> str | None:
         """What is wrong with a checkpoint's files, if anything; every rank reads a part of them and all get one answer."""

@@ -11,7 +11,8 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ from megadsl.parallel.rng import seed_micro_batch
 from megadsl.parallel.topology import Coordinate, Topology
 from megadsl.schemes.plan import SignalPlan
 from megadsl.tasks.task import Batch, Task
+from megadsl.training.measuring import Measuring
 from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm, parameter_groups
+from megadsl.training.qk_clip import QKClip
 from megadsl.training.state import EngineState
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class StepResult:
         parts: mean of every part of the loss, by name.
         tokens: tokens that are not padding.
         positions: all positions, padding included.
+        largest_score: of attention, before any cap; None: not searched (optimizer.qk_clip).
+        refused: whether an alarm refused the step (monitor.alarms, action skip); the weights are as before it.
     """
 
     loss: float
@@ -46,10 +51,16 @@ class StepResult:
     parts: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     positions: int = 0
+    largest_score: float | None = None
+    refused: bool = False
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
     @property
     def skipped(self) -> bool:
-        return not (math.isfinite(self.loss) and math.isfinite(self.gradient_norm))
+        return self.refused or not self.finite
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,12 @@ class Engine:
 
     Args:
         filled: names of parameters that a checkpoint will fill: nothing is drawn for them.
+        refuses: asked before every optimizer step with the loss and the gradient norm, on all ranks together and with one answer:
+            whether this step is left out. None: no step is.
     """
 
     def __init__(self, config: Config, task: Task, plan: SignalPlan, topology: Topology, coordinate: Coordinate, device: torch.device,
-                 filled: Container[str] = ()):
+                 filled: Container[str] = (), refuses: Callable[[float, float], bool] | None = None):
         self.config, self.task, self.topology, self.coordinate, self.device = config, task, topology, coordinate, device
         self.definition = task.define_model(plan)
         self.pipelined = topology.pipeline > 1
@@ -88,29 +101,34 @@ class Engine:
         self._parameters = list(self.model.parameters())
         self._forwards = 0
         self._norm = 0.0
+        self._refuses = refuses
+        self._begin_step()
         self._zero_stage = config.parallel.zero_stage
         self.engine = self._initialize_deepspeed()
         self.state = EngineState(
             self.engine, list(self.model.canonical_parameters()), self._zero_stage, topology, coordinate, device
         )
+        self.measuring = Measuring(
+            task, plan, self.model.calls(), self.definition.embedding, self.state, self._optimizer, topology, coordinate, device)
+        self._qk_clip = QKClip(self.model, self.state, config.optimizer, device) if config.optimizer.qk_clip else None
 
     def _initialize_deepspeed(self):
         import deepspeed
 
         options = self.config.optimizer
-        optimizer = GuardedAdamW(
+        self._optimizer = GuardedAdamW(
             parameter_groups(self.model.canonical_parameters(), options, self.definition.role_factors),
-            self._gradients_are_finite, lr=options.lr, betas=(options.adam_beta1, options.adam_beta2),
+            self._is_taken, lr=options.lr, betas=(options.adam_beta1, options.adam_beta2),
         )
         # What DeepSpeed prints while it starts (memory, in 16 bits) is noise in a job log.
         with contextlib.redirect_stdout(io.StringIO()):
             engine, *_ = deepspeed.initialize(
-                model=self.model, optimizer=optimizer, mpu=None if self.pipelined else DeepSpeedMpu(),
+                model=self.model, optimizer=self._optimizer, mpu=None if self.pipelined else DeepSpeedMpu(),
                 config=deepspeed_config(self.config, self.topology.world_size), dist_init_required=False,
             )
         return engine
 
-    def train_step(self, batches: Iterator[Batch], iteration: int, lr: float) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], iteration: int, lr: float, measured: bool = False) -> StepResult:
         """One optimizer step over `accumulation` micro-batches of this rank.
 
         Args:
@@ -118,8 +136,14 @@ class Engine:
                 `reads_data` is False.
             iteration: counted from 0; seeds the dropout masks.
             lr: learning rate of this step.
+            measured: measure the signal of this step (`measuring.read` gives it).
         """
+        with self.measuring.step(iteration) if measured else nullcontext():
+            return self._step(batches, iteration, lr)
+
+    def _step(self, batches: Iterator[Batch], iteration: int, lr: float) -> StepResult:
         self._forwards = iteration * self.accumulation
+        self._begin_step()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         micro_batches = [next(batches) for _ in range(self.accumulation)] if self.reads_data else []
@@ -127,19 +151,34 @@ class Engine:
         self._loss.begin(micro_batches, factor=self.accumulation * self.topology.data)
         on_device = ahead_on_device(micro_batches, self.device)
         if self.pipelined:
-            self.engine.train_batch(data_iter=map(self.definition.as_tuples, on_device))
+            with self.measuring.micro_batch(micro_batches[0] if micro_batches else None):
+                self.engine.train_batch(data_iter=map(self.definition.as_tuples, on_device))
             self._norm = self._reported_norm()
         else:
             self._train_plain(on_device)
-        sums, tokens, positions = self._loss.end()
-        parts = {part.name: total / max(1.0, count) for part, (total, count) in zip(self.task.loss_parts, sums, strict=True)}
-        return StepResult(sum(parts.values()), self._norm, parts, round(tokens), round(positions))
+        parts, tokens, positions = self._totals()
+        result = StepResult(sum(parts.values()), self._norm, parts, round(tokens), round(positions), refused=self._refused)
+        return replace(result, largest_score=self._qk_clip.after_step(not result.skipped)) if self._qk_clip else result
+
+    def _begin_step(self) -> None:
+        self._taken: bool | None = None  # not known yet
+        self._refused = False
+        self._ended: tuple | None = None
+
+    def _totals(self) -> tuple[dict[str, float], float, float]:
+        """(mean of every part of the loss, tokens, positions) of the global batch: one collective a step, whenever it is asked for."""
+        if self._ended is None:
+            sums, tokens, positions = self._loss.end()
+            parts = {part.name: total / max(1.0, count) for part, (total, count) in zip(self.task.loss_parts, sums, strict=True)}
+            self._ended = parts, tokens, positions
+        return self._ended
 
     def _train_plain(self, micro_batches: Iterator[Batch]) -> None:
         self._switch_mode(training=True)
         for index, batch in enumerate(micro_batches):
-            loss = self._loss(self.engine(self.definition.inputs_of(batch)), batch)
-            self.engine.backward(loss)
+            with self.measuring.micro_batch(batch) if index == 0 else nullcontext():
+                loss = self._loss(self.engine(self.definition.inputs_of(batch)), batch)
+                self.engine.backward(loss)
             if self._zero_stage == 0 and index == self.accumulation - 1:
                 self._clip_at_zero_0()
             self.engine.step()
@@ -162,13 +201,22 @@ class Engine:
         # DeepSpeed marks a norm that is not finite with -1 in places.
         return float(norm) if norm is not None and norm >= 0 else math.inf
 
-    def _gradients_are_finite(self) -> bool:
-        return math.isfinite(self._norm if self._zero_stage == 0 else self._reported_norm())
+    def _is_taken(self) -> bool:
+        """Whether the optimizer takes this step; decided once, though asked for every parameter group."""
+        if self._taken is None:
+            norm = self._norm if self._zero_stage == 0 else self._reported_norm()
+            self._taken = math.isfinite(norm)
+            if self._taken and self._refuses is not None:
+                self._refused = self._refuses(sum(self._totals()[0].values()), norm)
+                self._taken = not self._refused
+        return self._taken
 
     def _seed_forward(self, module, arguments) -> None:
         if module.training:
             micro_batch = self._forwards * self.topology.data + self.coordinate.data
             seed_micro_batch(self.config.training.seed, micro_batch, self.coordinate.pipeline)
+            if self.pipelined:
+                self.measuring.forward(first=self._forwards % self.accumulation == 0)
             self._forwards += 1
 
     @torch.no_grad()

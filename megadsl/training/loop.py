@@ -5,7 +5,7 @@ needs the iteration number, the weights and the optimizer's moments, nothing els
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,9 @@ from megadsl.checkpoint.manifest import CheckpointInfo, library_versions
 from megadsl.config import Config, save_config
 from megadsl.data.sampler import MicroBatches
 from megadsl.errors import UserError
+from megadsl.monitor.compare import agreement
 from megadsl.monitor.progress import Progress
+from megadsl.monitor.signal import SignalRecord
 from megadsl.monitor.writer import MetricsWriter
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import destroy_groups, initialize_groups
@@ -24,6 +26,7 @@ from megadsl.training.hang import Phase, Watch, lost_ranks_are_a_sentence
 from megadsl.training.initial import InitialWeights
 from megadsl.training.interval import Interval
 from megadsl.training.preflight import Preflight, data_change, preflight
+from megadsl.training.recovery import Recovery
 from megadsl.training.schedule import learning_rate
 from megadsl.training.signals import Stop, record_job
 
@@ -39,6 +42,10 @@ class Position:
     loss: float | None = None
     first_loss: float | None = None
 
+    @classmethod
+    def of(cls, info: CheckpointInfo) -> "Position":
+        return cls(info.iteration, info.consumed_samples, info.skipped_iterations, 0, info.loss, info.first_loss)
+
 
 def train(config: Config, ready: Preflight | None = None, stop: Stop | None = None) -> Path:
     """Run (or resume) the training that `config` describes; returns the folder of the last checkpoint.
@@ -47,7 +54,7 @@ def train(config: Config, ready: Preflight | None = None, stop: Stop | None = No
 
     Raises:
         UserError: before any process group is made, where something does not fit (preflight.py); later, where too many
-            iterations in a row were not finite.
+            iterations in a row were not finite, or an alarm stops the run (recovery.py).
     """
     ready = ready or preflight(config)
     device = prepare_device(config.training.device, ready.launch.local_rank, config.training.deterministic)
@@ -82,19 +89,21 @@ class Run:
         self.store = self.checkpointer.store
         checkpoint = self.checkpointer.resume(ready)
         info = checkpoint.info if checkpoint else None
-        self.position = Position()
-        if info:
-            self.position = Position(info.iteration, info.consumed_samples, info.skipped_iterations, 0, info.loss, info.first_loss)
-        self.left = max(0, config.training.train_iters - self.position.iteration) * config.training.global_batch_size
-        self.splits = self.task.splits(self.position.consumed_samples + self.left)
-        self.fingerprints = self.task.data_fingerprints()
         self.plan = checkpoint.plan() if checkpoint else ready.plan
         initial = InitialWeights(ready.initial, config) if ready.initial and not checkpoint else None
+        drawn = config.checkpoint.init_from is None and not (info and info.optimizer_steps is None)  # else trained elsewhere
+        self.recovery = Recovery(config.monitor.alarms, self.plan, self.run_dir, info, device, self.is_main, drawn)
+        self.position = Position()
+        if info:
+            self.position = replace(Position.of(info), consumed_samples=self.recovery.consumed_samples(info))
+        self._size_data()
+        self.fingerprints = self.task.data_fingerprints()
         if initial and (wrong := self.checkpointer.verify(initial.checkpoint)):
             raise UserError(f"checkpoint.init_from {initial.checkpoint.path} is damaged ({wrong}); give another checkpoint.")
         self.engine = Engine(
             config, self.task, self.plan, topology, self.coordinate, device,
             filled=checkpoint.manifest.tensor_files("weights") if checkpoint else initial.filled if initial else (),
+            refuses=self.recovery.refuses,
         )
         if checkpoint:
             load_state(self.engine.state, checkpoint)
@@ -110,6 +119,11 @@ class Run:
         self.writer = self._make_writer() if self.is_main and self.left else None
         self.saved_iteration = self.attempted_iteration = self.position.iteration if checkpoint else -1
         self.resumed_topology = checkpoint.topology if checkpoint else topology
+
+    def _size_data(self) -> None:
+        training = self.config.training
+        self.left = max(0, training.train_iters - self.position.iteration) * training.global_batch_size
+        self.splits = self.task.splits(self.position.consumed_samples + self.left)
 
     def _make_writer(self) -> MetricsWriter:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -135,11 +149,9 @@ class Run:
         return self.store.path(self.saved_iteration)
 
     def _run(self) -> None:
-        training, start = self.config.training, self.position.iteration
-        batches = self._batches("train", self.position.consumed_samples, self.left, self.config.data.num_workers)
-        interval = Interval(self.task, self.topology.world_size, start)
-        while self.position.iteration < training.train_iters:
-            self._iteration(batches, interval)
+        self._read_on()
+        while self.position.iteration < self.config.training.train_iters:
+            self._iteration(self.batches, self.interval)
             if self.stop.agreed(self.device):
                 break
         else:
@@ -147,11 +159,16 @@ class Run:
         if self.attempted_iteration != self.position.iteration:
             self._save()
 
+    def _read_on(self) -> None:
+        """The training data from the position on, and the clock of the log lines."""
+        self.batches = self._batches("train", self.position.consumed_samples, self.left, self.config.data.num_workers)
+        self.interval = Interval(self.task, self.topology.world_size, self.position.iteration)
+
     def _iteration(self, batches: Iterator, interval: Interval) -> None:
         training, index = self.config.training, self.position.iteration
         lr = learning_rate(index, self.config.optimizer, training.train_iters)
         with self.watch.during(Phase.STEP):
-            result = self.engine.train_step(batches, index, lr)
+            result = self.engine.train_step(batches, index, lr, measured=self._measures(index))
         self.position.iteration = done = index + 1
         self.position.consumed_samples += training.global_batch_size
         interval.add(result)
@@ -160,22 +177,67 @@ class Run:
             self._report(self.checkpointer.wait())
         if self.writer:
             parts = {f"train/{name}": value for name, value in result.parts.items()} if len(result.parts) > 1 else {}
-            self.writer.write(done, {"train/loss": result.loss, **parts, "train/lr": lr, "train/grad_norm": result.gradient_norm})
+            scores = {} if result.largest_score is None else {"train/max_attention_logit": result.largest_score}
+            self.writer.write(done, {
+                "train/loss": result.loss, **parts, **scores, "train/lr": lr, "train/grad_norm": result.gradient_norm,
+            })
         self.progress.advance(done, result.loss)
-        if done % self.config.monitor.log_interval == 0 or done == training.train_iters:
+        logs = done % self.config.monitor.log_interval == 0 or done == training.train_iters
+        saves = self.config.checkpoint.save_interval and done % self.config.checkpoint.save_interval == 0
+        # Before a save: a resumed run has seen what this one has seen.
+        if index == 0 or logs or saves:
+            self._write_signal(self.engine.measuring.read())
+        if logs:
             record = interval.record(done, self.position.skipped, result, lr, self.device)
             self.progress.log(record.text())
             if self.writer:
                 self.writer.write(done, record.scalars())
                 self.writer.flush()
+        self.recovery.observe_step(done, result, self.position.first_loss, self.progress, self.writer)
+        fine = self.recovery.rollback_wanted(self.checkpointer)
+        if fine is not None:
+            self._go_back(fine)
+            return
         if training.eval_interval and done % training.eval_interval == 0 and done < training.train_iters:
             interval.pause(self._validate)
-        if self.config.checkpoint.save_interval and done % self.config.checkpoint.save_interval == 0:
+        if saves:
             # A checkpoint of a model that has just failed would push a good one out.
             if self.position.skipped_in_a_row:
-                self.progress.log(f"iteration {done} | not saved, because its step was not finite")
+                self.progress.log(f"iteration {done} | not saved, because its step was skipped")
             else:
                 interval.pause(self._save)
+
+    def _go_back(self, fine: int) -> None:
+        """To the last checkpoint up to iteration `fine`, and on with the data that comes next; on all ranks together."""
+        self._report(self.checkpointer.wait())
+        checkpoint = self.recovery.go_back(fine, self.position.consumed_samples, self.checkpointer)
+        load_state(self.engine.state, checkpoint)
+        self.engine.measuring.read()  # of steps that are gone
+        self.position = replace(Position.of(checkpoint.info), consumed_samples=self.position.consumed_samples)
+        self.saved_iteration = self.attempted_iteration = self.position.iteration
+        if self.writer:
+            self.writer.close()
+            self.writer = self._make_writer()  # what was written since is dropped
+        self.progress.log(self.recovery.line())
+        if isinstance(self.batches, MicroBatches):
+            self.batches.close()
+        self._size_data()
+        self._read_on()
+
+    def _measures(self, index: int) -> bool:
+        """Whether the signal of the step with this index is measured: every so many, the first one always."""
+        interval = self.config.monitor.signal_interval
+        return bool(interval) and index % interval == 0
+
+    def _write_signal(self, record: SignalRecord | None) -> None:
+        if record is None:
+            return
+        if record.iteration == 0:
+            for line in agreement(self.plan, record):
+                self.progress.log(line)
+        if self.writer:
+            self.writer.write_signal(record)
+        self.recovery.observe_signal(record, self.progress, self.writer)
 
     def _count_skips(self, result: StepResult) -> None:
         position = self.position
@@ -187,11 +249,13 @@ class Run:
         position.skipped_in_a_row += 1
         self.progress.log(
             f"iteration {position.iteration}: loss {result.loss}, gradient norm {result.gradient_norm}; step skipped"
+            + " (monitor.alarms, action skip)" * result.refused
         )
         if position.skipped_in_a_row >= self.config.training.max_skipped_iterations:
             good = self.store.path(self.saved_iteration) if self.saved_iteration >= 0 else "none: nothing was saved yet"
+            reason = "refused by an alarm (monitor.alarms, action skip) or not finite" if result.refused else "not finite"
             raise UserError(
-                f"{position.skipped_in_a_row} iterations in a row were not finite, the last one {position.iteration} "
+                f"{position.skipped_in_a_row} iterations in a row were {reason}, the last one {position.iteration} "
                 f"(training.max_skipped_iterations); the last good checkpoint is {good}."
             )
 
@@ -231,6 +295,7 @@ class Run:
             self.topology.pipeline, self.topology.data, self.config.parallel.zero_stage, self.task.padded_output_size,
             self.task.tokenizer.sha256 if self.task.tokenizer else None, library_versions(), self.engine.state.steps(),
             self.engine.state.loss_scaler(), self.task.name, self.fingerprints, position.first_loss,
+            self.recovery.rollbacks, self.recovery.state(),
         )
         self.attempted_iteration = position.iteration
         self._report(self.checkpointer.save(self.engine.state, info, self.plan, self.task.files()))
@@ -265,7 +330,7 @@ class Run:
         position = self.position
         words = [f"done at iteration {position.iteration}"]
         if position.skipped:
-            words.append(f"{position.skipped} iterations were skipped, because they were not finite")
+            words.append(f"{position.skipped} iterations were skipped, because they were not finite or an alarm refused them")
         if position.loss is not None and position.first_loss is not None:
             words.append(f"loss {position.first_loss:.4f} -> {position.loss:.4f}")
             if position.loss > position.first_loss:

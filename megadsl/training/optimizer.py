@@ -1,7 +1,8 @@
 """The client optimizer given to DeepSpeed, its parameter groups, and the gradient norm where DeepSpeed does not report one
 (ZeRO 0)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,18 +34,25 @@ def parameter_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], optio
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that leaves everything as it is when the gradients of this step are not finite.
+    """Fused AdamW that leaves everything as it is when this step is not to be taken (gradients that are not finite, a spike).
 
-    DeepSpeed calls `step` once per parameter group or sub-group, after it has computed the global norm. The norm is
-    the same number on all ranks, so they all skip or none does.
+    DeepSpeed calls `step` once per parameter group or sub-group, after it has computed the global norm. `is_taken` has one
+    answer per step on all ranks, so they all skip or none does.
     """
 
-    def __init__(self, parameters, is_finite: Callable[[], bool], **options):
+    def __init__(self, parameters, is_taken: Callable[[], bool], **options):
         super().__init__(parameters, fused=True, **options)
-        self._is_finite = is_finite
+        self._is_taken = is_taken
+        # (tensors about to be stepped, the step) -> its result: what measures a step stands around it; None: nothing does.
+        self.around: Callable[[Sequence[torch.Tensor], Callable[[], object]], object] | None = None
 
     def step(self, closure=None):
-        return super().step(closure) if self._is_finite() else None
+        if not self._is_taken():
+            return None
+        if self.around is None:
+            return super().step(closure)
+        stepped = [parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
+        return self.around(stepped, partial(super().step, closure))
 
 
 def global_gradient_norm(parameters: Iterable[torch.nn.Parameter], tensor_rank: int, tensor_group) -> torch.Tensor:

@@ -6,7 +6,7 @@ of its stage; to load, each rank reads the ranges that its optimizer holds from 
 among them: together they read every number once, and no rank ever holds the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -47,7 +47,7 @@ class EngineState:
                  coordinate: Coordinate, device: torch.device):
         self._engine, self._zero_stage, self._device = engine, zero_stage, device
         self._topology, self._coordinate = topology, coordinate
-        self._fragments = [self._fragment(name, parameter) for name, parameter in parameters]
+        self.fragments = [self._fragment(name, parameter) for name, parameter in parameters]
         self._adam = engine.optimizer if zero_stage == 0 else engine.optimizer.optimizer
         self._exchange: _Exchange | None = None
 
@@ -82,7 +82,7 @@ class EngineState:
     def tensors(self, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, name, full fp32 tensor on the host) of what this rank writes; to be consumed on all ranks together."""
         if self._exchange is None:
-            self._exchange = _Exchange(self._fragments, self._zero_stage, self._topology, self._coordinate)
+            self._exchange = _Exchange(self.fragments, self._zero_stage, self._topology, self._coordinate)
         for kind in kinds:
             for name, tensor in self._exchange.assemble(lambda fragment: self._values(kind, fragment), self._device):
                 yield kind, name, tensor
@@ -99,11 +99,11 @@ class EngineState:
 
         `partial`: parameters that the reader has not stay as they are.
         """
-        expected = {fragment.name for fragment in self._fragments}
+        expected = {fragment.name for fragment in self.fragments}
         if self._topology.pipeline == 1 and (foreign := set(reader.names("weights")) - expected):
             raise UserError(f"{reader.folder} holds tensors that the model has not, for example {min(foreign)}.")
         held = set(reader.names("weights"))
-        fragments = [fragment for fragment in self._fragments if not partial or fragment.name in held]
+        fragments = [fragment for fragment in self.fragments if not partial or fragment.name in held]
         for fragment in fragments:
             shape = reader.shape("weights", fragment.name)
             if shape != fragment.tag.full_shape:
@@ -113,6 +113,7 @@ class EngineState:
         self._load_kind("weights", reader, fragments, [fragment.of(fragment.flat) for fragment in fragments])
         self._spread_weights()
         if not steps:
+            self._forget_moments()
             return
         for kind in KINDS[1:]:
             self._load_kind(kind, reader, fragments, [
@@ -123,6 +124,17 @@ class EngineState:
         for name, value in loss_scaler.items():
             if hasattr(scaler, name):
                 setattr(scaler, name, value)
+
+    @torch.no_grad()
+    def scale_rows(self, factors: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Multiply each row of this tensor-parallel rank's shards by its factor, in the optimizer's weights and in those that the
+        model computes with. On all data ranks together, with the same factors."""
+        for fragment in self.fragments:
+            if fragment.count and (factor := factors.get(fragment.parameter)) is not None:
+                row = prod(fragment.tag.shard_shape(self._topology.tensor)[1:])
+                every = factor.repeat_interleave(row)[fragment.start:fragment.start + fragment.count]
+                fragment.of(fragment.flat).mul_(every.to(fragment.flat))
+        self._spread_weights()
 
     def _load_kind(self, kind: str, reader: TensorReader, fragments: list[Fragment], targets: list[torch.Tensor]) -> None:
         """Fill `targets`, which are the places of `fragments`. At ZeRO 0 all data ranks hold the same: each reads a share."""
@@ -142,7 +154,7 @@ class EngineState:
         if self._zero_stage in (1, 2):
             optimizer.update_lp_params()  # as after a step: rounded where they are 16-bit, gathered from all data ranks
         elif self._zero_stage == 3:
-            for fragment in self._fragments:
+            for fragment in self.fragments:
                 fragment.parameter.ds_tensor.narrow(0, 0, fragment.count).copy_(fragment.of(fragment.flat))
             persistent = optimizer.persistent_parameters
             if persistent:  # small parameters are kept gathered: gather them anew
@@ -155,6 +167,12 @@ class EngineState:
             state.update({kind: torch.zeros_like(flat) for kind in KINDS[1:]})
         state["step"] = torch.tensor(float(steps), device=flat.device)
         return state
+
+    def _forget_moments(self) -> None:
+        """As before the first step: an engine that has trained may go back to a checkpoint without any."""
+        for state in self._adam.state.values():
+            for tensor in state.values():
+                tensor.zero_()
 
     def _read(self, fragment: Fragment, kind: str, reader: TensorReader, target: torch.Tensor) -> None:
         """Copy a fragment from its file: the rows that it touches of the parts that this tensor-parallel rank holds."""

@@ -58,6 +58,13 @@ def test_a_session_says_which_command_failed(tool, tmp_path):
         machine.Session(tmp_path, "killed", [["data", "corpus", "x"]], {"PYTHONHOME": str(tmp_path)}).results()
 
 
+def test_a_folder_of_an_earlier_check_is_refused(tool, tmp_path, monkeypatch, capsys):
+    """Its runs are finished: they would be compared as if they had just been made."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--keep", str(tmp_path)])
+    assert tool[0].main() == 2 and f"{tmp_path} is not empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("values, expected, apart", [([1.0, 2.2], [1.0, 2.0], 0.1), ([1.0], [1.0, 2.0], float("inf"))])
 def test_curves_are_compared_in_every_iteration(tool, values, expected, apart):
     from gpu_checks.checks import relative

@@ -24,6 +24,8 @@ RUNS = {
     "decoder untied relu": ([(2, 2, 1, 1)], {"untie_embeddings_and_output_weights": True, "activation": "relu"}, {}),
     "decoder packed": ([(2, 2, 1, 1)], {"position_embedding_type": "rope", "norm_position": "post", "num_query_groups": 2},
                        {"reset_attention_mask": True, "prefix_lm": True}),
+    "decoder capped, z-loss": ([(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 3)], {"attention_logit_softcap": 1.0, "num_query_groups": 2},
+                               {"z_loss": 0.01}),
     "encoder": (SOME, {"family": "encoder", "num_tokentypes": 2}, {"sentence_order": True, "masking_do_full_word": True}),
     "encoder post": (SOME, {"family": "encoder", "norm_position": "post", "embedding_layernorm": True},
                      {"reset_attention_mask": True, "reset_position_ids": True}),
@@ -70,7 +72,8 @@ def curves(small_data, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_every_layout_gives_the_same_curve(curves, name):
     losses, norms, validation = curves[name, REFERENCE]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.3, "the reference must learn, or parity means nothing"
+    # Five batches each, because their losses scatter by .3.
+    assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5]) - 5 * 0.15, "the reference must learn, or parity means nothing"
     assert max(norms) > 0.5, "clipping must bind (clip_grad 0.5), or a wrong norm would not be seen"
     for layout in RUNS[name][0]:
         other_losses, other_norms, other_validation = curves[name, layout]

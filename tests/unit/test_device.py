@@ -75,3 +75,11 @@ def test_one_compiled_addition_serves_every_depth():
         scales = 1 - 1e-3 * layer, 1e-2 * layer
         torch.testing.assert_close(compiled(hidden, bias, hidden, 0.0, *scales), _scaled_add(hidden, bias, hidden, 0.0, *scales))
     assert counter.frame_count <= 3
+
+
+def test_gpus_are_counted_by_what_the_ranks_hold():
+    """Four tasks that see one GPU each are no crowd; two processes on one GPU are."""
+    from megadsl.parallel.checks.node import _crowd
+
+    assert _crowd(["a", "b", "c", "d"]) == "" == _crowd(["a"])
+    assert "3 processes share 2 GPUs" in _crowd(["a", "b", "a"])

@@ -4,12 +4,10 @@ import json
 
 import pytest
 import torch
-from losses import mean_loss
 
 from megadsl.config.load import parse_config
 from megadsl.config.model import ModelConfig
 from megadsl.model.flops import forward_flops
-from megadsl.monitor.probes import StreamProbes
 from megadsl.monitor.progress import LogRecord, Progress, duration
 from megadsl.monitor.writer import MetricsWriter
 
@@ -85,32 +83,3 @@ def test_flops_of_the_other_families(small_data, make_stack, family):
     # Only the decoder's self-attention is causal: half of its 8 x 8 scores are not used.
     unused = 0.0 if family == "encoder" else 2.0 * model.decoder_layers * 2 * model.hidden_size * 8 * 8 / 2
     assert counter.get_total_flops() / 2 == pytest.approx(forward_flops(model, stack.task.head_multiplications()) + unused, rel=1e-9)
-
-
-def test_probes_measure_the_stream_and_its_gradient(make_stack):
-    stack, _ = make_stack(parse_config({"model": SHAPE}))
-    tokens = torch.randint(0, 512, (4, 17), generator=torch.Generator().manual_seed(1))
-    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": torch.ones(4, 16)}
-    loss = mean_loss(stack, batch)
-    loss.backward()
-    plain = {name: parameter.grad.clone() for name, parameter in stack.canonical_parameters()}
-    stack.zero_grad()
-    caught = {}
-    norm = next(call for entry, call in stack.calls() if entry.name == "final_norm")
-    norm.register_forward_pre_hook(lambda module, arguments: caught.setdefault("hidden", arguments[0].hidden).retain_grad())
-    with StreamProbes(stack) as probes:
-        assert torch.equal(mean_loss(stack, batch), loss)
-        mean_loss(stack, batch).backward()
-    moments = probes.read()
-    assert len(moments.forward_variance) == 2 * 3
-    hidden = caught["hidden"].detach()  # [s, b, h], the stream after the last sublayer
-    assert moments.forward_variance[-1] == pytest.approx(hidden.square().mean().item(), rel=1e-5)
-    gram = torch.einsum("sbh,tbh->bst", hidden, hidden) / 32
-    overlap = (gram.sum(dim=(1, 2)) - gram.diagonal(dim1=1, dim2=2).sum(1)).mean() / (16 * 15)
-    assert moments.correlation[-1] == pytest.approx(overlap.item() / hidden.square().mean().item(), rel=1e-4)
-    assert all(value > 0 for value in moments.gradient_variance)
-    for name, parameter in stack.canonical_parameters():
-        assert torch.equal(parameter.grad, plain[name]), "probes must not change a gradient"
-    with torch.no_grad():
-        stack({"tokens": batch["tokens"]})
-    assert probes.read() == moments, "closed probes measure nothing"

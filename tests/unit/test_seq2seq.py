@@ -119,11 +119,9 @@ def test_evaluation_of_an_encoder(build, text, tmp_path):
     trained = build({"family": "encoder", "num_tokentypes": 2}, {"sentence_order": True})
     task = task_of(trained.config)
     result = evaluated(trained, text, 4, pseudo_tokens=40)
-    # An untrained model knows nothing: near uniform over 512 pieces, whose logits have variance 1.
-    assert result["masked_loss"] == pytest.approx(math.log(512) + 0.5, abs=0.5) and result["masked_accuracy"] < 0.1
-    assert result["pseudo_perplexity_tokens"] == 40
-    assert math.log(result["pseudo_perplexity"]) == pytest.approx(math.log(512) + 0.5, abs=0.8)
-    assert 0 <= result["sentence_order_accuracy"] <= 1 and "pseudo-perplexity" in task.describe_results(result)
+    # What the numbers have to be: tests/dist/test_evaluation.py.
+    shown = task.describe_results(result)
+    assert result["pseudo_perplexity_tokens"] == 40 and "pseudo-perplexity" in shown and "sentence-order" in shown
     # Pseudo-perplexity of the first token by hand: it alone is masked.
     tokens, _ = tokens_of_text(text, trained.tokenizer)
     sample = StreamSamples(tokens[:task.window.length], task.objective(), task.window.length)[0]
@@ -151,7 +149,5 @@ def test_evaluation_of_an_encoder(build, text, tmp_path):
 def test_evaluation_of_an_encoder_decoder(build, text, model, task):
     trained = build(ENCODER_DECODER | model, task)
     result = evaluated(trained, text, 4)
-    assert result["loss"] == pytest.approx(math.log(512) + 0.5, abs=0.5)
-    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
-    assert result["spans"] > 20 and result["exact_span_accuracy"] < 0.1
+    assert result["spans"] > 20
     assert result["loss"] == pytest.approx(evaluated(trained, text, 7)["loss"], rel=1e-6)

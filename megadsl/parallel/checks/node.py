@@ -6,7 +6,7 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from megadsl.parallel.checks.findings import Finding
 _SLURM_FACTS = ("SLURM_VERSION", "ClusterName", "JobRequeue", "PreemptMode", "KillWait", "MpiDefault", "AccountingStorageType")
 
 
-def check_devices(device: torch.device, processes: int) -> Iterator[Finding]:
-    """CPU, shared memory, open files and GPUs of a node with `processes` ranks."""
+def check_devices(device: torch.device, gpus: Sequence[str]) -> Iterator[Finding]:
+    """CPU, shared memory, open files and GPUs of a node; `gpus` says of each of its ranks which GPU it holds (gpu_identity)."""
+    processes = len(gpus)
     cores = len(os.sched_getaffinity(0))
     threads = torch.get_num_threads()
     problem = ""
@@ -33,8 +34,7 @@ def check_devices(device: torch.device, processes: int) -> Iterator[Finding]:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         names = {torch.cuda.get_device_name(index) for index in range(count)}
-        crowd = "" if processes <= count else f"{processes} processes share {count} GPUs; start one task for each GPU."
-        yield Finding("GPUs", f"{count} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}", crowd)
+        yield Finding("GPUs", f"{count} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}", _crowd(gpus))
         old = "" if torch.cuda.is_bf16_supported() else "set training.precision=fp16."
         yield Finding("bf16", "supported" if not old else "not supported", old)
     elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.strip():
@@ -42,6 +42,12 @@ def check_devices(device: torch.device, processes: int) -> Iterator[Finding]:
         yield Finding("GPUs", "there are some, but torch does not see them", f"{reason}; install the build of torch that fits the driver.")
     else:
         yield Finding("GPUs", "none; training runs on the CPU (gloo)")
+
+
+def _crowd(gpus: Sequence[str]) -> str:
+    # Counted by what the ranks hold, not by what one of them sees: that may be its own GPU alone (srun --gpus-per-task=1).
+    used = len(set(gpus))
+    return "" if used == len(gpus) else f"{len(gpus)} processes share {used} GPUs; start one task for each GPU."
 
 
 def _processor() -> str:

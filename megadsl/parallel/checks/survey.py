@@ -7,7 +7,7 @@ from megadsl.parallel.checks.file_system import check_file_system
 from megadsl.parallel.checks.findings import Finding, Ranks, node_name
 from megadsl.parallel.checks.installation import LIBRARIES, check_deepspeed_ops, check_versions
 from megadsl.parallel.checks.node import check_devices, check_slurm
-from megadsl.parallel.device import prepare_device
+from megadsl.parallel.device import gpu_identity, prepare_device
 from megadsl.parallel.launch import Launch
 
 Row = tuple[str, Finding]  # the nodes that it holds on ("": all), finding
@@ -23,10 +23,10 @@ def survey(launch: Launch, folder: Path) -> list[Row]:
     ranks = Ranks(launch, device)
     try:
         of_node = []
-        hosts = ranks.gather(node_name())
+        hosts, gpus = ranks.gather(node_name()), ranks.gather(gpu_identity(device))
         if hosts.index(hosts[ranks.rank]) == ranks.rank:
-            processes = hosts.count(hosts[ranks.rank])
-            of_node = [*check_versions(), *check_devices(device, processes), *check_slurm(), *check_deepspeed_ops(device)]
+            of_this_node = [gpu for host, gpu in zip(hosts, gpus, strict=True) if host == hosts[ranks.rank]]
+            of_node = [*check_versions(), *check_devices(device, of_this_node), *check_slurm(), *check_deepspeed_ops(device)]
         common = check_communication(ranks, launch.launcher) + check_file_system(folder, ranks)
         return merge(list(zip(hosts, ranks.gather(of_node), strict=True)), common)
     finally:

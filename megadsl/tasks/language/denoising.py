@@ -105,6 +105,10 @@ class Denoising(LanguageTask):
         positions = batch["source_tokens"].numel() + batch["target_tokens"].numel()
         return Extent(source + int(batch["loss_mask"].sum()), positions)
 
+    def real_positions(self, batch: Batch) -> Batch:
+        source = {"encoder": batch["source_segments"] > 0} if "source_segments" in batch else {}
+        return {**source, "decoder": batch["loss_mask"] > 0}
+
     def metrics(self, output: "Activations", targets: Batch) -> Sequence[Sum]:
         from megadsl.model.loss import likeliest_tokens
 

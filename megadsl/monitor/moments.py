@@ -1,0 +1,123 @@
+"""Moments of tensors of many layers at once, on their device: rows are collected a few layers at a time and measured together.
+
+A measured step is dominated by the number of operations, not by their size, where layers are thin; so a hook copies one sample of
+its tensor and everything else is done for a block of layers in a handful of operations. Memory is bounded by BLOCK_BYTES.
+
+Shape letters: r rows (layers of a block), s sequence, b samples, h hidden, q sampled queries, t keys, n heads, g query groups, d head
+size, f FFN size.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+BLOCK_BYTES = 32 << 20
+BLOCK_ROWS = 32
+# A unit is dead where no sampled token takes it above this share of what the units of its layer reach on average.
+DEAD = 1e-4
+
+
+class Rows:
+    """Tensors of one shape from consecutive places, handed to `measure` a block at a time.
+
+    Args:
+        measure: (places, their tensors stacked [r, ...]), called with at most BLOCK_ROWS of them.
+        carry: so many rows of the last block come again, first, in the next one.
+    """
+
+    def __init__(self, measure: Callable[[list[int], tuple[torch.Tensor, ...], int], None], carry: int = 0):
+        self._measure, self._carry = measure, carry
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._shapes: list[torch.Size] = []
+        self._places: list[int] = []
+        self._carried = 0
+
+    def add(self, place: int, *tensors: torch.Tensor) -> None:
+        """Copy the tensors of one place."""
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != self._shapes:
+            self.flush()
+            self._shapes = shapes
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            self._capacity = self._carry + max(1, min(BLOCK_ROWS, BLOCK_BYTES // max(1, size)))
+            self._buffers = tuple(torch.empty((self._capacity, *t.shape), dtype=t.dtype, device=t.device) for t in tensors)
+        row = len(self._places)
+        for buffer, tensor in zip(self._buffers, tensors, strict=True):
+            buffer[row].copy_(tensor)
+        self._places.append(place)
+        if len(self._places) == self._capacity:
+            self._emit(self._carry)
+
+    def flush(self) -> None:
+        """Measure what is left."""
+        self._emit(0)
+
+    def _emit(self, carry: int) -> None:
+        if len(self._places) > self._carried:
+            self._measure(self._places, tuple(buffer[:len(self._places)] for buffer in self._buffers), self._carried)
+        kept = self._places[len(self._places) - carry:] if carry else []
+        if kept:
+            for buffer in self._buffers:
+                buffer[:carry] = buffer[len(self._places) - carry:len(self._places)].clone()
+        self._places, self._carried = kept, len(kept)
+
+
+def stream_sums(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """x [r, s, b, h], real [s, b] (1: no padding; None: none) -> [r, 5]: sums of squares, of overlaps of two different positions, of
+    values, and how many numbers and pairs (times h) they run over."""
+    x = x.float()
+    r, s, b, h = x.shape
+    if real is None:
+        lengths = x.new_full((b,), float(s))
+    else:
+        x, lengths = x * real[..., None], real.sum(dim=0)
+    total = x.sum(dim=1)
+    square = x.square().sum(dim=(1, 2, 3))
+    overlap = total.square().sum(dim=(1, 2)) - square
+    counts = torch.stack((lengths.sum() * h, (lengths * (lengths - 1)).sum() * h)).expand(r, 2)
+    return torch.cat((torch.stack((square, overlap, total.sum(dim=(1, 2))), dim=1), counts), dim=1).double()
+
+
+def angles(x: torch.Tensor, y: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """[r, s, b, h] twice -> [r, 2]: sum over tokens of the angle between them over pi, and the number of tokens."""
+    cosine = torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).clamp(-1.0, 1.0)
+    angle = torch.arccos(cosine) / math.pi
+    real = torch.ones_like(angle[0]) if real is None else real
+    return torch.stack(((angle * real).sum(dim=(1, 2)), real.sum().expand(len(x))), dim=1).double()
+
+
+def attention_sums(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, seen: torch.Tensor, scale: float) -> tuple:
+    """Logits of sampled queries of one sequence.
+
+    Args:
+        query: [r, q, n, d].
+        key: [r, t, g, d].
+        mask: added to the scores, [1 or n, q, t]; None: nothing.
+        seen: [q, t] bool, which keys a query sees.
+
+    Returns:
+        ([r, 3]: sums over heads and queries of the logits' variance and of entropy / log(keys seen), and how many, of queries that
+        see two keys or more; [r]: the largest logit).
+    """
+    r, q, n, d = query.shape
+    key = key.float().repeat_interleave(n // key.size(2), dim=2)
+    logits = torch.einsum("rqnd,rtnd->rnqt", query.float(), key) * scale
+    if mask is not None:
+        logits = logits + torch.where(seen, mask.float(), 0.0)
+    keys = seen.sum(dim=-1)
+    counted = (keys > 1).float()
+    hidden = logits.masked_fill(~seen, 0.0)
+    mean = hidden.sum(dim=-1) / keys.clamp(min=1)
+    variance = hidden.square().sum(dim=-1) / keys.clamp(min=1) - mean.square()
+    logits = logits.masked_fill(~seen, -torch.inf)
+    log_p = logits.log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum(dim=-1) / keys.clamp(min=2).log()
+    sums = torch.stack(((variance * counted).sum(dim=(1, 2)), (entropy * counted).sum(dim=(1, 2)), (counted.sum() * n).expand(r)), dim=1)
+    return sums.double(), logits.amax(dim=(1, 2, 3))
+
+
+def dead_sums(reached: torch.Tensor) -> torch.Tensor:
+    """reached [r, f]: the largest |activation| of every unit -> [r, 2]: dead units, units."""
+    dead = reached <= DEAD * reached.mean(dim=1, keepdim=True)
+    return torch.stack((dead.sum(dim=1).double(), torch.full((len(reached),), float(reached.size(1)), device=reached.device).double()), dim=1)
