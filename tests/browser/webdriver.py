@@ -1,17 +1,23 @@
-"""Debian's Chromium without a screen, driven by its own ChromeDriver over HTTP (W3C WebDriver): no package of Python is needed."""
+"""Debian's Chromium without a screen, driven by its own ChromeDriver over HTTP (W3C WebDriver): no package of Python is needed.
+
+For a page that works, such as TensorBoard: one waits for what it shows. What only lies there is looked at by chromium.py.
+"""
 
 import base64
 import json
 import shutil
 import subprocess
-import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from ranks import free_port
 
+needs_chromedriver = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs package chromium (and chromium-driver)")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars")
 # What is seen, shadow roots included: document.body.innerText passes them over.
@@ -77,24 +83,30 @@ class Browser:
             return json.load(answer)["value"]
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory) -> Browser:
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs package chromium (and chromium-driver)")
-    port, folder = free_port(), tmp_path_factory.mktemp("browser")
-    with open(folder / "driver.log", "w") as log:
-        driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=log, stderr=log)
-    try:
-        wait_for_server(f"http://127.0.0.1:{port}/status", driver, folder / "driver.log")
+@contextmanager
+def browser_window(folder: Path) -> Iterator[Browser]:
+    """A window whose profile and log lie in `folder`."""
+    port = free_port()
+    with served(["chromedriver", f"--port={port}"], f"http://127.0.0.1:{port}/status", folder / "driver.log"):
         window = Browser(port, folder / "profile")
         yield window
         window.close()
+
+
+@contextmanager
+def served(command: list, url: str, log: Path) -> Iterator[None]:
+    """A server that runs inside the block, and answers at `url` when it begins."""
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        _wait_for_server(url, process, log)
+        yield
     finally:
-        driver.terminate()
-        driver.wait(timeout=30)
+        process.terminate()
+        process.wait(timeout=30)
 
 
-def wait_for_server(url: str, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+def _wait_for_server(url: str, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
     """Until `url` answers; an AssertionError with the log where the process ends or the time is over."""
     deadline = time.monotonic() + seconds
     while True:
@@ -104,23 +116,3 @@ def wait_for_server(url: str, process: subprocess.Popen, log: Path, seconds: flo
                 return
         except OSError:
             time.sleep(0.2)
-
-
-@pytest.fixture(scope="session")
-def serve_tensorboard(tmp_path_factory):
-    """serve_tensorboard(logdir) -> address of a TensorBoard that runs until the session ends."""
-    running = []
-
-    def serve(logdir: Path) -> str:
-        port, log = free_port(), tmp_path_factory.mktemp("tensorboard") / "log"
-        with open(log, "w") as file:
-            process = subprocess.Popen([Path(sys.executable).parent / "tensorboard", "--logdir", logdir, "--host", "127.0.0.1", "--port", str(port)],
-                                       stdout=file, stderr=file)
-        running.append(process)
-        wait_for_server(f"http://127.0.0.1:{port}/data/environment", process, log)
-        return f"http://127.0.0.1:{port}"
-
-    yield serve
-    for process in running:
-        process.terminate()
-        process.wait(timeout=30)
