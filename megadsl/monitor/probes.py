@@ -24,8 +24,8 @@ from megadsl.monitor.signal import Point, SignalRecord
 from megadsl.parallel.groups import add_up_signal
 
 _ADDITIONS = {"self_attention": "self_attn_bda", "cross_attention": "cross_attn_bda", "ffn": "mlp_bda"}
-SEQUENCES = 2  # of a micro-batch
-QUERIES = 16  # of one sequence
+SEQUENCES = 1  # of a micro-batch
+QUERIES = 8  # of one sequence
 TOKENS = 64  # of one sequence, for dead units
 # Columns of the sums: where each group of numbers begins.
 _FORWARD, _GRADIENT, _ATTENTION, _DEAD, _ANGLE, _COLUMNS = 0, 5, 10, 13, 15, 17
@@ -204,17 +204,20 @@ class SignalProbes:
 
     def _measure_stream(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
         x, real = rows[0], self._real.get(stack)
+        sums, norms = stream_sums(x, real)
         own = carried + (places[carried] == self._borrowed)
         if own < len(places):
-            self._add(places[own:], _FORWARD, stream_sums(x[own:], real) * self._share)
-        ends = [(row, row - self._layer_ends[place]) for row, place in enumerate(places)
-                if row >= carried and place in self._layer_ends and row >= self._layer_ends[place]]
+            self._add(places[own:], _FORWARD, sums[own:] * self._share)
+        ends = [row for row, place in enumerate(places) if row >= max(carried, self._layer_ends.get(place, len(places)))]
         if ends:
-            last, first = (torch.tensor(column, device=x.device) for column in zip(*ends, strict=True))
-            self._add([places[row] for row, _ in ends], _ANGLE, angles(x[last], x[first], real) * self._share)
+            step = self._layer_ends[places[ends[0]]]  # additions of a layer, so its end comes every so many rows
+            last, before = slice(ends[0], ends[-1] + 1, step), slice(ends[0] - step, ends[-1] + 1 - step, step)
+            if len(ends) != len(range(ends[0], ends[-1] + 1, step)):  # but not across two forward passes
+                last, before = ends, [row - step for row in ends]
+            self._add([places[row] for row in ends], _ANGLE, angles(x[last], norms[last], x[before], norms[before], real) * self._share)
 
     def _measure_gradient(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
-        self._add(places, _GRADIENT, stream_sums(rows[0], self._real.get(stack)) * self._share)
+        self._add(places, _GRADIENT, stream_sums(rows[0], self._real.get(stack))[0] * self._share)
 
     def _measure_units(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
         self._add(places, _DEAD, dead_sums(rows[0].float()))
