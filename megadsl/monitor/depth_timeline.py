@@ -16,7 +16,7 @@ class DepthTimeline:
         self._values = np.full((points, self._columns), np.nan, dtype=np.float32)
         self._starts: list[int] = []
         self._in_column, self._per_column = 0, 1  # records in the newest column, and in a full one
-        self._latest = -1
+        self.latest = -1  # iteration of the newest record
 
     def add(self, iteration: int, row: np.ndarray) -> None:
         """row: [points]."""
@@ -30,7 +30,7 @@ class DepthTimeline:
             self._starts.append(iteration)
             self._in_column = 0
         self._in_column += 1
-        self._latest = iteration
+        self.latest = iteration
 
     def _merge(self) -> None:
         half = self._columns // 2
@@ -48,7 +48,7 @@ class DepthTimeline:
         """Where columns begin, and where the last one ends: [columns + 1] iterations."""
         last = self._starts[-1]
         width = last - self._starts[-2] if len(self._starts) > 1 else 1
-        return np.array([*self._starts, max(self._latest + 1, last + width)])
+        return np.array([*self._starts, max(self.latest + 1, last + width)])
 
 
 def more_extreme(a: np.ndarray, b: np.ndarray) -> np.ndarray:

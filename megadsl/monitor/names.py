@@ -13,6 +13,7 @@ SHOWN = {
     "validation/loss": VALIDATION_LOSS,
     "train/lr": "training/learning_rate",
     "train/grad_norm": "training/gradient_norm",
+    "train/max_attention_logit": "training/max_attention_logit",
     "train/skipped_iterations": "training/skipped_iterations",
     "throughput/tokens_per_second": "throughput/tokens_per_second",
     "throughput/tflops": "throughput/tflops_per_device",

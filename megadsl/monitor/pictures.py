@@ -107,25 +107,24 @@ class PictureMaker:
         axis.set_ylabel(LABELS.get(quantity, quantity.replace("_", " ")))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        legend = axis.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.17), ncols=7, frameon=False, fontsize=9, handletextpad=0.3,
-                             columnspacing=0.9, handlelength=1.2, borderaxespad=0.0)
+        legend = axis.legend(loc="upper left", bbox_to_anchor=(-0.12, -0.22), ncols=7, frameon=False, fontsize=8, handletextpad=0.3,
+                             columnspacing=0.8, handlelength=1.1, borderaxespad=0.0)
         for handle in legend.legend_handles:
             if hasattr(handle, "set_markersize"):
                 handle.set_markersize(5.0)
-        _titles(axis, f"{quantity.replace('_', ' ')}, iteration {record.iteration}", self._title, self._verdict(quantity, measured, planned), f"good: {GOOD[quantity]}")
+        axis.set_xlabel(f"layer ({self._title})", fontsize=9)
+        _titles(axis, f"{quantity.replace('_', ' ')}, iteration {record.iteration}", self._verdict(quantity, measured, planned), f"good: {GOOD[quantity]}")
         return figure
 
     def heat_map(self, quantity: str):
         """A matplotlib Figure: iterations to the right, depth upwards."""
-        from matplotlib.colors import TwoSlopeNorm
-
-        figure, axis = _figure(below=0.13)
+        figure, axis = _figure(below=0.14)
         timeline = self._timelines[quantity]
         values, edges = pooled_rows(timeline.values, _ROWS), timeline.edges
         depths = np.linspace(-0.5, len(self.points) - 0.5, len(values) + 1)
         if quantity in PREDICTED:
             largest = min(3.0, max(np.log10(2.0), float(np.nanmax(np.abs(np.where(np.isfinite(values), values, 0.0))))))
-            colours = {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0.0, -largest, largest)}
+            colours = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest}
         else:
             # A layer without attention between two with it would draw stripes.
             values, depths = self._filled(values, depths)
@@ -137,9 +136,10 @@ class PictureMaker:
             ticks = _ratio_ticks(largest)
             bar.set_ticks(np.log10(ticks), labels=[f"{tick:g}" for tick in ticks])
         self._depth_axis(axis.yaxis, axis.axhline)
-        axis.set_xlabel("iteration")
+        axis.set_xlabel(f"iteration ({self._title})", fontsize=9)
+        axis.set_ylabel("layer" if len(self._stretches()) == 1 else "")  # ticks with names of stacks say it themselves
         good = "pale everywhere; the first dark spot is where trouble starts" if quantity in PREDICTED else GOOD[quantity]
-        _titles(axis, HEAT_MAPS[quantity], self._title, f"over depth, to iteration {int(edges[-1]) - 1}", f"good: {good}")
+        _titles(axis, HEAT_MAPS[quantity], f"over depth, to iteration {timeline.latest}", f"good: {good}")
         return figure
 
     def _heat(self, quantity: str, values: np.ndarray) -> np.ndarray:
@@ -188,9 +188,9 @@ class PictureMaker:
                       if self.points[index].stack and (self.points[index].layer, self.points[index].stack) !=
                       (self.points[index - 1].layer, self.points[index - 1].stack)]
             step = _round_step(len(firsts) * len(stretches) / 8)
-            ticks += [index for index in firsts if self.points[index].layer % step == 0]
+            room = 0.07 * len(self.points) if end < len(self.points) else 0  # to the first tick of the next stack
+            ticks += [index for index in firsts if self.points[index].layer % step == 0 and (index + room <= end or index == firsts[0])]
         axis.set_ticks(ticks, labels=[_tick(self.points[index], len(stretches) > 1) for index in ticks])
-        axis.set_label_text("layer")
         for begin, _ in stretches[1:]:
             line(begin - 0.5, color="#555555", linewidth=0.8)
 
@@ -200,22 +200,21 @@ class PictureMaker:
         return list(zip([0, *starts], [*starts, len(self.points)], strict=True))
 
 
-def _figure(below: float = 0.2):
+def _figure(below: float = 0.22):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.6, 4.2), dpi=110)
+    figure = Figure(figsize=(5.6, 3.7), dpi=130)
     FigureCanvasAgg(figure)
     # Fixed margins: matplotlib's automatic layouts draw everything twice.
-    axis = figure.add_axes((0.11, below, 0.865, 0.83 - below))
+    axis = figure.add_axes((0.125, below, 0.855, 0.81 - below))
     axis.tick_params(labelsize=9)
     return figure, axis
 
 
-def _titles(axis, title: str, model: str, found: str, good: str) -> None:
-    axis.text(0.0, 1.145, title, transform=axis.transAxes, fontsize=10.5, fontweight="bold")
-    axis.text(1.0, 1.145, model, transform=axis.transAxes, fontsize=8, color="#555555", horizontalalignment="right")
-    axis.text(0.0, 1.08, found, transform=axis.transAxes, fontsize=9)
+def _titles(axis, title: str, found: str, good: str) -> None:
+    axis.text(0.0, 1.16, title, transform=axis.transAxes, fontsize=10.5, fontweight="bold")
+    axis.text(0.0, 1.09, found, transform=axis.transAxes, fontsize=9)
     axis.text(0.0, 1.02, good, transform=axis.transAxes, fontsize=9, color="#555555")
 
 
@@ -252,10 +251,9 @@ def _plain_ticks(axis, values: np.ndarray) -> None:
 
 def _ratio_ticks(largest: float) -> list[float]:
     """Ratios to write beside a colour bar that spans 10 ** -largest to 10 ** largest."""
-    for steps in ((0.5, 0.7, 1.0, 1.4, 2.0), (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)):
-        if largest <= np.log10(steps[-1]) + 1e-9:
-            return [*steps]
-    return [10.0 ** power for power in range(-int(largest), int(largest) + 1)]
+    if largest >= 1.0:
+        return [10.0 ** power for power in range(-int(largest), int(largest) + 1)]
+    return [step for step in (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0) if abs(np.log10(step)) <= largest + 1e-9]
 
 
 def _round_step(least: float) -> int:
@@ -269,7 +267,7 @@ def _tick(point: Point, with_stack: bool) -> str:
 
 
 def _place(point: Point) -> str:
-    return f"layer {point.layer} {point.kind.replace('_', ' ')}" if point.stack else point.name
+    return f"layer {point.layer}" if point.stack else point.name
 
 
 def _word(quantity: str) -> str:

@@ -1,6 +1,7 @@
 """A run on Weights & Biases, with the names that TensorBoard shows. The package is imported here only, where monitor.wandb asks for it."""
 
 import importlib.util
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class WandbRun:
 
         self._wandb, identity = wandb, run_dir / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id(), encoding="utf-8")
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
         try:
             self._run = wandb.init(
                 project=monitor.wandb_project, entity=monitor.wandb_entity, name=run_dir.resolve().name, dir=str(run_dir),

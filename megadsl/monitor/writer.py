@@ -19,9 +19,13 @@ from megadsl.monitor.signal_scalars import signal_scalars, where_text
 from megadsl.monitor.wandb_run import WandbRun
 from megadsl.schemes.plan import SignalPlan
 
-# What a run is compared by, on TensorBoard's page HParams and in W&B's table of runs; of `training` these keys, of the others all.
-_COMPARED = ("model", "scheme", "parallel", "optimizer")
-_COMPARED_TRAINING = ("train_iters", "micro_batch_size", "global_batch_size", "seed", "precision")
+# What runs are compared by, on TensorBoard's page HParams and in W&B's table of runs. More would hide what differs.
+_COMPARED = {
+    "scheme": ("name",), "model": ("family", "num_layers", "hidden_size", "norm_position", "activation", "seq_length"),
+    "optimizer": ("lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "clip_grad"),
+    "training": ("train_iters", "global_batch_size", "precision", "seed"),
+    "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "zero_stage"),
+}
 
 
 class MetricsWriter:
@@ -140,9 +144,7 @@ def title_of(config: Config) -> str:
 def hyperparameters(config: Config) -> dict[str, str | int | float | bool]:
     """By key of the configuration; numbers and words only."""
     values = config.model_dump()
-    rows = {f"{section}.{key}": value for section in _COMPARED for key, value in values[section].items()}
-    rows |= {f"training.{key}": values["training"][key] for key in _COMPARED_TRAINING}
-    return {key: value for key, value in rows.items() if isinstance(value, (str, int, float, bool))}
+    return {f"{section}.{key}": values[section][key] for section, keys in _COMPARED.items() for key in keys}
 
 
 def _histograms(plan: SignalPlan, record: SignalRecord) -> dict[str, np.ndarray]:
