@@ -67,17 +67,16 @@ def test_what_we_exported_is_the_same_model_folded(diagnose, trained_runs, small
     for a, b in zip(theirs["skips"], ours["skips"], strict=True):
         assert a["loss_increase"] == pytest.approx(b["loss_increase"], abs=1e-4)
     assert theirs["signal"]["forward_second_moment"][-2] > 2 * ours["signal"]["forward_second_moment"][-2]
-    assert theirs["fits"][0]["scheme"] == "dslm" and theirs["fits"][0]["folded"] and not ours["fits"][0]["folded"]
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("megadsl-diagnose-*/checkpoint"))
 
 
 def test_a_model_that_transformers_made(diagnose, small_data, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs package transformers")
-    config = transformers.GPT2Config(vocab_size=512, n_positions=32, n_embd=32, n_layer=3, n_head=4, resid_pdrop=0.0)
+    config = transformers.GPT2Config(vocab_size=512, n_positions=32, n_embd=256, n_layer=6, n_head=4, resid_pdrop=0.0)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     shutil.copy(small_data.tokenizer, tmp_path / "gpt2" / "tokenizer.model")
     found = diagnose(tmp_path / "gpt2", "--data", small_data.dataset, "--split", "test")
-    assert found["facts"]["layers"] == "3 decoder" and found["facts"]["scheme"] is None
+    assert found["facts"]["layers"] == "6 decoder" and found["facts"]["scheme"] is None
     # GPT-2's own initialisation is what the vanilla plan describes.
     assert found["fits"][0]["scheme"] == "vanilla" and found["fits"][0]["forward_error"] < 0.2
 

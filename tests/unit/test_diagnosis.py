@@ -21,6 +21,12 @@ from megadsl.tasks.planning import plan_for_run
 from megadsl.tasks.task import EvaluationRequest
 
 
+def shape_of(architecture: str) -> dict:
+    """With room for the targets of the task."""
+    model = MODELS[architecture]
+    return {**model, "decoder_seq_length": model["seq_length"]} if "decoder_seq_length" in model else model
+
+
 def samples_of(stack, config: Config, count: int = 4) -> dict[str, torch.Tensor]:
     return stack.task.collate(stack.task.evaluation_samples(EvaluationRequest(config.data.datasets[0].path, "train"), count))
 
@@ -35,7 +41,7 @@ def observed(stack, plan, batch) -> Observation:
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_moments_and_gradients(architecture, small_data, make_stack):
-    config = make_config(small_data, MODELS[architecture])
+    config = make_config(small_data, shape_of(architecture))
     stack, plan = make_stack(config)
     batch = samples_of(stack, config)
     values = observed(stack, plan, batch).values()
@@ -74,7 +80,7 @@ def overlap(x: torch.Tensor) -> float:
 
 def test_padding_is_left_out(small_data, make_stack):
     """What stands at padded positions changes no moment of the encoder."""
-    config = make_config(small_data, MODELS["BartForConditionalGeneration"])
+    config = make_config(small_data, shape_of("BartForConditionalGeneration"))
     stack, plan = make_stack(config)
     batch = samples_of(stack, config)
     batch["source_segments"][:, -6:] = 0
@@ -83,10 +89,9 @@ def test_padding_is_left_out(small_data, make_stack):
     assert not torch.equal(other["source_tokens"], batch["source_tokens"])
     first, second = (observed(stack, plan, one) for one in (batch, other))
     encoder = [index for index, point in enumerate(points_of(plan)) if point.stack == "encoder"]
-    for quantity in ("forward_second_moment", "token_correlation", "gradient_variance", "angular_distance", "attention_entropy"):
-        a, b = first.values()[quantity][encoder], second.values()[quantity][encoder]
-        if quantity != "attention_entropy":  # queries of padding are among those looked at
-            np.testing.assert_allclose(a, b, rtol=1e-4)
+    for quantity in ("forward_second_moment", "token_correlation", "gradient_variance", "angular_distance", "attention_entropy",
+                     "attention_logit_max"):
+        np.testing.assert_allclose(first.values()[quantity][encoder], second.values()[quantity][encoder], rtol=1e-4)
 
 
 def scale_queries(stack, factor: float) -> None:
@@ -113,11 +118,11 @@ def test_attention_by_head(factor, check: Callable, small_data, make_stack, tmp_
 
 def test_logits_are_those_of_the_softmax(small_data, make_stack, tmp_path):
     """Against one layer's queries and keys by hand, causal."""
-    config = small_data.config(tmp_path, model={"num_layers": 1, "position_embedding_type": "rope", "num_query_groups": 2})
+    config = small_data.config(tmp_path, model={"num_layers": 2, "position_embedding_type": "rope", "num_query_groups": 2})
     stack, plan = make_stack(config)
-    seen, kept = None, {}
+    kept = {}
     core = next(module for name, module in stack.named_modules() if name.endswith("core_attention"))
-    handle = core.register_forward_pre_hook(lambda module, given: kept.update(query=given[0].double(), key=given[1].double()))
+    handle = core.register_forward_pre_hook(lambda module, given: kept.update(query=given[0].detach().double(), key=given[1].detach().double()))
     seen = observed(stack, plan, samples_of(stack, config))
     handle.remove()
     query, key = kept["query"], kept["key"].repeat_interleave(2, dim=2)
@@ -126,7 +131,7 @@ def test_logits_are_those_of_the_softmax(small_data, make_stack, tmp_path):
     variance = [logits[..., row, :row + 1].var(dim=-1, unbiased=False) for row in range(1, s)]
     probabilities = [logits[..., row, :row + 1].softmax(-1) for row in range(1, s)]
     entropy = [-(p * p.log()).sum(-1) / math.log(p.size(-1)) for p in probabilities]
-    [name] = seen.heads()["entropy"]
+    name = "decoder.0.self_attention"
     np.testing.assert_allclose(seen.heads()["logit_variance"][name], torch.stack(variance).mean(dim=(0, 1)), rtol=1e-4)
     np.testing.assert_allclose(seen.heads()["entropy"][name], torch.stack(entropy).mean(dim=(0, 1)), rtol=1e-4)
     visible = torch.ones(s, s).tril().bool()
@@ -139,13 +144,13 @@ def test_an_outlier_and_a_dead_unit_are_found(small_data, make_stack, tmp_path):
     parameters = dict(stack.canonical_parameters())
     with torch.no_grad():
         parameters["decoder.2.mlp.linear_fc2.bias"][5] = 40.0
-        parameters["decoder.4.mlp.linear_fc1.bias"][:32] = -100.0
+        parameters["decoder.1.mlp.linear_fc1.bias"][:32] = -100.0
     seen = observed(stack, plan, samples_of(stack, config))
     names = [point.name for point in points_of(plan)]
     largest, mean = seen.coordinates()
     assert largest[names.index("decoder.2.ffn")].argmax() == 5 and mean[names.index("decoder.2.ffn")].argmax() == 5
     dead = seen.values()["dead_activations"]
-    assert dead[names.index("decoder.4.ffn")] == pytest.approx(0.25, abs=0.05) and dead[names.index("decoder.1.ffn")] < 0.05
+    assert dead[names.index("decoder.1.ffn")] == pytest.approx(0.25, abs=0.03) and dead[names.index("decoder.0.ffn")] < 0.03
 
 
 @pytest.mark.parametrize("scheme, norm_position", [("dslm", "pre"), ("vanilla", "pre"), ("layerscale", "pre")])
@@ -197,6 +202,19 @@ def test_an_untrained_model_is_nearest_to_its_own_plan(scheme, norm_position, sm
     config = small_data.config(tmp_path, scheme={"name": scheme}, model=model)
     stack, plan = make_stack(config)
     values = observed(stack, plan, samples_of(stack, config, 16)).values()
-    fits = fit_plans(candidates(config), values["forward_second_moment"], values["gradient_variance"])
-    assert (fits[0].scheme, fits[0].folded) == (scheme, False), fits
-    assert (fits[0].forward_error if norm_position == "pre" else fits[0].gradient_error) < 0.35
+    plans, forward, gradient = candidates(config), values["forward_second_moment"], values["gradient_variance"]
+    fits = fit_plans(plans, forward, gradient)
+    # Two recipes of DeepScaleLM that differ in their weights alone have all but the same profile in Post-LN.
+    alike = {"dslm", "dslm_paper"} if (scheme, norm_position) == ("dslm", "post") else {scheme}
+    assert fits[0].scheme in alike and not fits[0].folded and fits[0].error < 0.3, fits
+    own = next(fit for fit in fits if (fit.scheme, fit.folded) == (scheme, False))
+    assert own.error < 0.3
+
+
+def test_a_folded_model_is_nearest_to_its_folded_plan(small_data, make_stack, tmp_path):
+    config = small_data.config(tmp_path, model={"num_layers": 12, "hidden_size": 64})
+    stack, plan = make_stack(config)
+    values = observed(stack, plan, samples_of(stack, config, 16)).values()
+    scales = np.cumprod([1.0, *(sublayer.residual_scale for sublayer in plan.sublayers), 1.0]) ** 2
+    fits = fit_plans(candidates(config), values["forward_second_moment"] / scales, values["gradient_variance"] * scales)
+    assert (fits[0].scheme, fits[0].folded) == ("dslm", True), fits

@@ -36,8 +36,7 @@ def fit_plans(plans: dict[str, SignalPlan], forward: np.ndarray, gradient: np.nd
             logs = _logs(forward[:-1], expected)
             gradient_logs = _logs(gradient[:-1], expected_gradient)
             fits.append(Fit(name, folded, _rms(logs), _rms(logs - logs.mean()) if logs.size else np.nan, _rms(gradient_logs)))
-    post = all(plan.norm_position in ("post", "both") for plan in plans.values())
-    return sorted(fits, key=lambda fit: np.nan_to_num(fit.gradient_error if post else fit.forward_error, nan=np.inf))
+    return sorted(fits, key=lambda fit: np.nan_to_num(fit.error, nan=np.inf))
 
 
 def profile(plan: SignalPlan, folded: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from megatron.core.transformer.enums import AttnMaskType
 from torch.nn.attention.flex_attention import BlockMask
 
 from megadsl.model.activations import Activations
@@ -180,8 +179,13 @@ class Observation:
         @torch.no_grad()
         def look(module, arguments, named):
             query, key, _, mask = arguments
-            scores = _scores(module, query, key, mask, named.get("attn_mask_type") == AttnMaskType.causal)
-            found = _attention_sums(scores)
+            chosen = torch.linspace(0, query.size(0) - 1, min(query.size(0), _QUERIES), device=query.device).round().long()
+            kind = named.get("attn_mask_type")  # Megatron's enum, which this room does not import
+            scores = _scores(module, query, key, mask, kind is not None and kind.name == "causal", chosen)
+            real = None
+            if self._positions is not None and self._positions.shape == query.shape[:2]:
+                real = self._positions[chosen, :len(scores)].T[:, None, :] > 0
+            found = _attention_sums(scores, real)
             if index in self._attention:
                 kept = self._attention[index]
                 found = torch.cat([found[:, :3] + kept[:, :3], torch.maximum(found[:, 3:], kept[:, 3:])], dim=1)
@@ -198,10 +202,10 @@ def real_positions(value: Activations) -> torch.Tensor | None:
     return (segments > 0).T.float()
 
 
-def _scores(module: ScaledDotProductAttention, query: torch.Tensor, key: torch.Tensor, mask, causal: bool) -> torch.Tensor:
-    """Logits [b, n, s, t] in fp32 from some of the queries of some of the sequences; -inf where a key is not seen."""
+def _scores(module: ScaledDotProductAttention, query: torch.Tensor, key: torch.Tensor, mask, causal: bool,
+            chosen: torch.Tensor) -> torch.Tensor:
+    """Logits [b, n, s, t] in fp32 from the `chosen` queries of some of the sequences; -inf where a key is not seen."""
     length, keys, batch = query.size(0), key.size(0), min(query.size(1), _SEQUENCES)
-    chosen = torch.linspace(0, length - 1, min(length, _QUERIES), device=query.device).round().long()
     query, key = query[chosen, :batch].float(), key[:, :batch].float()
     key = key.repeat_interleave(query.size(2) // key.size(2), dim=2)
     scale = query.size(-1) ** -0.5 if module.softmax_scale is None else module.softmax_scale
@@ -219,17 +223,17 @@ def _scores(module: ScaledDotProductAttention, query: torch.Tensor, key: torch.T
     return scores
 
 
-def _attention_sums(scores: torch.Tensor) -> torch.Tensor:
+def _attention_sums(scores: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """[b, n, s, t] -> [n, 4]: sums over queries of the variance over the keys seen and of entropy / log(keys seen), how many queries
-    that see two keys or more there were, and the largest logit."""
+    that see two keys or more there were, and the largest logit. `real` [b, 1, s]: queries that are no padding; None: all."""
     seen = scores > -torch.inf
     count = seen.sum(dim=-1)
     logits = scores.masked_fill(~seen, 0.0)
     mean = logits.sum(dim=-1) / count.clamp(min=1)
     variance = ((logits - mean[..., None]).square() * seen).sum(dim=-1) / count.clamp(min=1)
     entropy = -torch.special.xlogy(weights := torch.softmax(scores, dim=-1), weights).sum(dim=-1) / count.clamp(min=2).log()
-    counted = (count > 1).expand_as(variance).float()
-    largest = scores.amax(dim=(0, 2, 3))
+    counted = (count > 1 if real is None else (count > 1) & real).expand_as(variance).float()
+    largest = (scores if real is None else scores.masked_fill(~real[..., None], -torch.inf)).amax(dim=(0, 2, 3))
     return torch.stack([(variance * counted).sum(dim=(0, 2)), (entropy * counted).sum(dim=(0, 2)), counted.sum(dim=(0, 2)), largest], dim=1)
 
 

@@ -39,6 +39,11 @@ class Fit:
     def name(self) -> str:
         return f"{self.scheme}, folded" if self.folded else self.scheme
 
+    @property
+    def error(self) -> float:
+        """What plans are ranked by: root mean square over both moments."""
+        return math.hypot(self.forward_error, self.gradient_error) / math.sqrt(2.0)
+
 
 @dataclass(frozen=True)
 class Outlier:
@@ -90,7 +95,7 @@ class Diagnosis:
             "signal": {name: row.tolist() for name, row in self.signal.values.items()}, "loss": self.loss, "heads": self.heads,
             "effective_depth": self.effective_depth, "outlier_ratio": self.outlier_ratio,
             "outliers": [asdict(one) for one in self.outliers], "skips": [asdict(one) for one in self.skips],
-            "fits": [asdict(one) for one in self.fits], "nearest": self.nearest,
+            "fits": [asdict(one) | {"error": one.error} for one in self.fits], "nearest": self.nearest,
         }
         return json.dumps(_finite(values), indent=indent)
 

@@ -13,7 +13,7 @@ from megadsl.schemes.plan import SignalPlan
 
 _LISTED = 8
 # Where a finding becomes worth a sentence of warning.
-_COLLAPSED, _OUTLIER, _ONE_KEY, _HIGH_LOGIT, _UNUSED = 0.95, 20.0, 0.1, 50.0, 0.002
+_COLLAPSED, _OUTLIER, _ONE_KEY, _HIGH_LOGIT, _UNUSED, _FAR = 0.95, 20.0, 0.1, 50.0, 0.002, 0.7
 
 
 def findings(found: Diagnosis) -> list[str]:
@@ -46,16 +46,15 @@ def findings(found: Diagnosis) -> list[str]:
                      + (": an outlier feature" if first.ratio > _OUTLIER else ""))
     if found.fits:
         best = found.fits[0]
-        error = best.gradient_error if found.facts["norms"] in ("post", "both") else best.forward_error
-        quantity = "gradient variance" if found.facts["norms"] in ("post", "both") else "second moment"
-        lines.append(f"nearest plan: {best.name} ({quantity} off by a factor of {math.exp(error):.3g}, root mean square over depth)")
+        lines.append(f"nearest plan: {best.name} (second moment and gradient variance off by a factor of {math.exp(best.error):.3g}, root mean "
+                     "square over depth)" + ("; no plan is near, as after much training" if best.error > _FAR else ""))
     return lines
 
 
 def diagnosis_page(found: Diagnosis, name: str, plan: SignalPlan | None) -> Page:
     """The page; `plan` is that of the run that made the model, None where there was none."""
     page = Page(f"Diagnosis of {name}", "What the model does with its signal, measured on one process without dropout")
-    page.facts({key: value for key, value in found.facts.items()})
+    page.facts(found.facts | {"task": str(found.facts["task"]).replace("_", " ")})
     page.section("Found")
     page.points(findings(found))
     _depth(page, found, plan)
@@ -74,9 +73,10 @@ def _depth(page: Page, found: Diagnosis, plan: SignalPlan | None) -> None:
         page.note("A Hugging Face folder has no plan; the last section names the nearest one.")
     else:
         page.text("The plan says what the model was at its start; training leads away from it.")
+    page.figures(profiles(plan, record))
+    if plan is not None:
         agreement_table(page, plan, record)
         worst_table(page, plan, found.signal, "The points farthest from the plan.")
-    page.figures(profiles(plan, record))
 
 
 def _layers(page: Page, found: Diagnosis) -> None:
@@ -147,7 +147,7 @@ def _fits(page: Page, found: Diagnosis) -> None:
     page.section("Nearest plan")
     page.text("The measured profile against the plan of every scheme that goes with the model: root mean square of ln(measured / plan) over "
               "depth, so 0.1 is about 10 %. Folded: the plan as a plain transformer has it, with its scalars in the weights. Shape: with the "
-              "best common factor taken out. Behind a norm the second moment is the norm's own; there the gradient decides.")
+              "best common factor taken out. Behind a norm the second moment is the norm's own, so there the gradient decides.")
     drawings = []
     for quantity, expected in found.nearest.items():
         measured, label = found.signal.values[quantity][:-1], quantity.replace("_", " ")
@@ -155,5 +155,5 @@ def _fits(page: Page, found: Diagnosis) -> None:
         curves = {f"plan {found.fits[0].name}": Curve(depth, expected, "dashes", 5), "measured": Curve(depth, measured)}
         drawings.append(lines(f"{label}, measured and nearest plan", curves, DEPTH, label))
     page.figures(drawings)
-    page.table(["plan", "second moment", "its shape", "gradient variance"],
-               [[fit.name, fit.forward_error, fit.shape_error, fit.gradient_error] for fit in found.fits])
+    page.table(["plan", "both", "second moment", "its shape", "gradient variance"],
+               [[fit.name, fit.error, fit.forward_error, fit.shape_error, fit.gradient_error] for fit in found.fits])

@@ -65,6 +65,8 @@ class RunData:
         run.metrics = [record for record in run.attempt("metrics.jsonl", run.records, []) if "iteration" in record]
         if (run_dir / "signal.jsonl").is_file():
             run.signal = run.attempt("signal.jsonl", SignalHistory.read, run.signal)
+            if not run.signal.points:
+                run.remarks.append("signal.jsonl holds no measurement that can be read.")
         if (run_dir / "alarms.jsonl").is_file():
             run.alarms = run.attempt("alarms.jsonl", run.records, [])
         return run

@@ -63,7 +63,7 @@ def _model(page: Page, run: RunData) -> None:
     model, parameters = run.config.model, _parameters(run)
     layers = " + ".join(f"{count} {stack}" for stack, count in model.stack_layers.items())
     page.facts({
-        "task": run.task.name if run.task else run.config.task.name, "scheme": run.config.scheme.name, "layers": layers,
+        "task": (run.task.name if run.task else run.config.task.name or "not known").replace("_", " "), "scheme": run.config.scheme.name, "layers": layers,
         "width": model.hidden_size, "heads": model.num_attention_heads, "norms": model.norm_position,
         "positions": " + ".join(str(length) for length in model.stack_lengths.values()), "parameters": parameters,
         "precision": run.config.training.precision,
@@ -91,14 +91,14 @@ def _signal(page: Page, run: RunData) -> None:
         page.note("No signal was measured in this run (there is no signal.jsonl); what the plan expects is shown alone.")
     if run.plan is None:
         page.note("There is no plan.json to compare with.")
-    elif records:
+    drawings = profiles(run.plan, records) if records else _plan_alone(run.plan)
+    if drawings:
+        page.figures(drawings)
+    if run.plan is not None and records:
         agreement_table(page, run.plan, records)
         label, record = list(records.items())[-1]
         worst_table(page, run.plan, record, f"The points farthest from the plan, {label}. A trained model leaves its plan: what counts "
                     "is that it leaves it slowly and at no single place.")
-    drawings = profiles(run.plan, records) if records else _plan_alone(run.plan)
-    if drawings:
-        page.figures(drawings)
     if len(run.signal.records) > 2:
         page.heading("Over the run")
         page.figures(maps(run.signal))

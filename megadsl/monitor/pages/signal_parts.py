@@ -12,7 +12,7 @@ from megadsl.schemes.plan import SignalPlan
 # What lies between 0 and 1 is compared by difference: the ratio of two correlations near 0 is noise.
 _BY_DIFFERENCE = ("token_correlation", "gradient_correlation")
 _LINEAR = (*_BY_DIFFERENCE, "forward_mean", "attention_entropy", "dead_activations", "angular_distance")
-_WORST = 8
+_WORST = 4
 DEPTH = "point of the stream (0: embedding)"
 
 
@@ -33,17 +33,16 @@ def agreement_table(page: Page, plan: SignalPlan, records: Mapping[str, SignalRe
 
 
 def worst_table(page: Page, plan: SignalPlan, record: SignalRecord, caption: str) -> None:
-    """The points whose variance or gradient variance is farthest from the plan."""
+    """Of the second moment and the gradient variance, the points that are farthest from the plan."""
     names, found = _names(plan), []
     for quantity in PREDICTED:
         if quantity in _BY_DIFFERENCE or (ratio := against_plan(plan, quantity, record)) is None:
             continue
         expected = predicted(plan, quantity)
         far = [(abs(np.log(ratio[index])), index) for index in range(len(ratio)) if np.isfinite(ratio[index]) and ratio[index] > 0]
-        found += [(distance, [names[index], _words(quantity), float(record.values[quantity][index]), float(expected[index]),
-                              float(ratio[index])]) for distance, index in far]
-    found.sort(key=lambda item: -item[0])
-    page.table(["point", "quantity", "measured", "plan", "measured / plan"], [row for _, row in found[:_WORST]], caption)
+        found += [[_words(quantity), names[index], float(record.values[quantity][index]), float(expected[index]), float(ratio[index])]
+                  for _, index in sorted(far, reverse=True)[:_WORST]]
+    page.table(["quantity", "point", "measured", "plan", "measured / plan"], found, caption)
 
 
 def profiles(plan: SignalPlan | None, records: Mapping[str, SignalRecord]) -> list[Drawing]:

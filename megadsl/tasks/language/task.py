@@ -186,6 +186,7 @@ class LanguageTask(Task):
 
     def evaluation_samples(self, request: EvaluationRequest, count: int) -> list[Batch]:
         """Of the data that the model was trained on, where the request names none."""
+        self.check_pieces()
         trained_on = self.config.data.datasets
         data = request.data or (trained_on[0].path if trained_on else None)
         samples = self._spread(self.evaluation_text(replace(request, data=data))[0], count)
