@@ -1,6 +1,7 @@
 """Writers, progress lines, FLOPs and probes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,7 +46,9 @@ def test_log_line_says_everything(capsys):
     for part in ("iteration   7/100", "loss 3.2500", "lr 1.000e-03", "grad norm 0.500", "12,346 tokens/s", "1.5 TFLOP/s",
                  "peak memory 3.00 GiB", "ETA 1:02:03", "padding 25.0%", "skipped 2"):
         assert part in line
-    assert line.count("\n") == 1
+    assert line.count("\n") == 1 and "MFU" not in line
+    on_gpu = replace(record, peak_tflops=6.0)
+    assert "| MFU 25.0%" in on_gpu.text() and on_gpu.scalars()["throughput/mfu"] == 0.25 and "throughput/mfu" not in record.scalars()
     with Progress(100, 0, enabled=False) as progress:
         progress.log("nothing")
     assert capsys.readouterr().out == ""

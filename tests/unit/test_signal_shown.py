@@ -139,7 +139,8 @@ def test_every_measured_quantity_has_a_picture(family, plan):
     (axis,) = first.axes
     assert axis.get_yscale() == "log" and axis.get_ylim()[0] <= 0.5 and axis.get_ylim()[1] >= 2.0
     said = " ".join(text.get_text() for text in now.axes[0].texts)
-    assert "iteration 20" in said and "a model" in said and "median 3" in said and "good: in the band" in said
+    assert axis.get_xlabel() == "layer (a model)"
+    assert "iteration 20" in said and "median 3" in said and "good: in the band" in said
 
 
 def test_drawing_is_bounded_and_its_failure_ends_no_run(plan):
