@@ -1,5 +1,5 @@
 # Two commands do everything:
-#   make train   environment, corpus, tokenizer, dataset, plan, training, validation, a generated sample
+#   make train   environment, corpus, tokenizer, dataset, plan, training, validation, a generated sample, a report
 #   make test    the whole test suite
 # Both make .venv first (exact versions from constraints.txt). Running them again re-uses what is there.
 
@@ -19,9 +19,10 @@ train: install
 	$(BIN)/megadsl data preprocess --corpus $(DATA)/corpus --tokenizer $(DATA)/tokenizer.model --output $(DATA)/dataset
 	$(BIN)/megadsl plan $(CONFIG) --figure $(RUN)/plan.png
 	$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m megadsl train $(CONFIG) training.run_dir=$(RUN)
-	$(BIN)/megadsl evaluate $(RUN) --data $(DATA)/dataset --split test --max-tokens 50000
-	$(BIN)/megadsl generate $(RUN) --prompt "def " --max-new-tokens 80 --top-p 0.9
-	@echo "Done. TensorBoard: $(BIN)/tensorboard --logdir $(RUN)/tensorboard | checkpoint: $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest) | plan: $(RUN)/plan.json, $(RUN)/plan.png"
+	$(BIN)/megadsl evaluate $(RUN) --data $(DATA)/dataset --split test --max-tokens 50000 --output $(RUN)/evaluation.json
+	$(BIN)/megadsl generate $(RUN) --prompt "def " --max-new-tokens 80 --top-p 0.9 --output $(RUN)/sample.txt
+	$(BIN)/megadsl report $(RUN)
+	@echo "Done. Report: $(RUN)/report.html | TensorBoard: $(BIN)/tensorboard --logdir $(RUN)/tensorboard | checkpoint: $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest) | plan: $(RUN)/plan.json, $(RUN)/plan.png"
 
 test: install
 	$(BIN)/python -m pytest

@@ -99,9 +99,12 @@ def require_stock(model: ModelConfig) -> None:
     """Refuse what a stock GPTModel cannot hold, naming the key."""
     for key, fits in (("family", tuple(model.stack_layers) == ("decoder",)), ("norm_position", model.norm_position == "pre"),
                       ("position_embedding_type", model.position_embedding_type in _POSITIONS),
-                      ("embedding_layernorm", not model.embedding_layernorm)):
+                      ("embedding_layernorm", not model.embedding_layernorm),
+                      ("attention_logit_softcap", not model.attention_logit_softcap)):
         if not fits:
-            raise UserError(f"model.{key}={getattr(model, key)} has no place in Megatron-core's GPTModel; export with --format hf.")
+            # No format that we write knows capped scores.
+            way_out = "" if key == "attention_logit_softcap" else "; export with --format hf"
+            raise UserError(f"model.{key}={getattr(model, key)} has no place in Megatron-core's GPTModel{way_out}.")
 
 
 def stock_model(model: ModelConfig, padded_vocab_size: int, epsilon_factor: float) -> GPTModel:

@@ -1,10 +1,12 @@
 """`megadsl evaluate CHECKPOINT --data ...`: how well a model does what it was trained for."""
 
 import json
+from pathlib import Path
 from typing import Literal
 
 import typer
 
+from megadsl.cli.arguments import writing
 from megadsl.errors import UserError
 
 
@@ -18,6 +20,7 @@ def evaluate(
         None, min=0, help="Tokens of a masked language model's pseudo-perplexity, one forward pass each; 0: none. Default: 512."),
     tensor_parallel: int = typer.Option(1, min=1, help="Ranks that share the model, where it is larger than one device."),
     device: Literal["auto", "cpu", "cuda"] = typer.Option("auto"),
+    output: Path = typer.Option(None, help="Also write the numbers here, as JSON; megadsl report shows RUN/evaluation.json."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """The field's numbers of a trained model, on one process or under any launcher: the ranks share the batches.
@@ -39,5 +42,9 @@ def evaluate(
         results = task.evaluate(model, EvaluationRequest(data, split, batch_tokens, max_tokens, pseudo_tokens))
     finally:
         destroy_groups()
-    if model.is_main:
-        print(json.dumps(results) if as_json else task.describe_results(results))
+    if not model.is_main:
+        return
+    if output is not None:
+        with writing(output):
+            output.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    print(json.dumps(results) if as_json else task.describe_results(results))

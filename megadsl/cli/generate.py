@@ -1,8 +1,11 @@
 """`megadsl generate CHECKPOINT --prompt ...`: continue a text, or fill the gaps of one."""
 
+from pathlib import Path
 from typing import Literal
 
 import typer
+
+from megadsl.cli.arguments import writing
 
 
 def generate(
@@ -17,6 +20,7 @@ def generate(
     num_beams: int = typer.Option(1, help="Beam search of an encoder-decoder with so many beams; 1: none."),
     seed: int = typer.Option(0),
     device: Literal["auto", "cpu", "cuda"] = typer.Option("auto"),
+    output: Path = typer.Option(None, help="Also write the text here; megadsl report shows RUN/sample.txt."),
 ) -> None:
     """Decoder: continue a prompt. Encoder-decoder: write the target of a source text."""
     from megadsl.checkpoint.store import open_checkpoint
@@ -28,7 +32,9 @@ def generate(
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)
     task, model = load_trained(opened, device)
     texts = task.generate(model, prompt, max_new_tokens, sampling, num_samples, num_beams)
-    for index, text in enumerate(texts):
-        if num_samples > 1:
-            print(f"--- sample {index + 1}")
-        print(text)
+    titles = [f"--- sample {index + 1}\n" for index in range(len(texts))] if num_samples > 1 else [""] * len(texts)
+    written = "\n".join(title + text for title, text in zip(titles, texts, strict=True))
+    print(written)
+    if output is not None:
+        with writing(output):
+            output.write_text(written + "\n", encoding="utf-8")

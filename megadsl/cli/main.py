@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from megadsl.cli import checkpoint, config, data, doctor, evaluate, generate, plan, slurm, theory, tokenizer, train
+from megadsl.cli import checkpoint, config, data, diagnose, doctor, evaluate, generate, plan, report, slurm, theory, tokenizer, train
 from megadsl.errors import UserError
 from megadsl.parallel.launch import launched_rank
 from megadsl.parallel.threads import set_threads
@@ -17,10 +17,13 @@ app = typer.Typer(
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.command("compare")(report.compare)
+app.command("diagnose")(diagnose.diagnose)
 app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
+app.command("report")(report.report)
 app.command("train")(train.train)
 app.add_typer(slurm.app, name="slurm")
 app.add_typer(theory.app, name="theory")

@@ -9,7 +9,7 @@ from megadsl.cli.arguments import config_from_arguments, writing
 from megadsl.errors import UserError
 from megadsl.schemes.plan import SignalPlan, StreamPrediction, SublayerPlan
 from megadsl.schemes.registry import SCHEMES
-from megadsl.tasks.planning import plan_for_comparison, plan_for_run
+from megadsl.tasks.planning import describe_remedies, plan_for_comparison, plan_for_run
 from megadsl.tasks.registry import task_of
 
 # A table longer than this is cut in the middle; 1000 layers are 2000 rows.
@@ -54,6 +54,8 @@ def plan(
     else:
         _print_comparison(plans, task_of(config).describe_inputs(), full)
     for label, one in plans.items():
+        for line in describe_remedies(config, one):
+            print(f"{label}, {line}")
         if one.role_factors:
             print(_factors(label, one))
         if measured:

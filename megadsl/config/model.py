@@ -42,6 +42,9 @@ class ModelConfig(Section):
     relative_attention_num_buckets: int = Field(32, ge=4, description="rows of the relative bias table")
     relative_attention_max_distance: int = Field(128, ge=2, description="distance from which all share the last bucket")
     qk_layernorm: bool = Field(False, description="normalise queries and keys per head")
+    attention_logit_softcap: float = Field(
+        0.0, ge=0, description="c of c * tanh(score / c) on attention scores, as in Gemma 2 (50); 0: scores are not capped"
+    )
     num_tokentypes: int = Field(0, ge=0, description="rows of the token-type (segment) table; 0: no table")
     embedding_layernorm: bool = Field(False, description="normalise the embedding sum, as BERT and BART do")
     add_bias_linear: bool = Field(True, description="biases on all linear layers")

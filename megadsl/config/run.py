@@ -43,6 +43,10 @@ class Config(Section):
         for key, size in sizes.items():
             if size % tensor:
                 raise ValueError(f"{key} {size} is not divisible by parallel.tensor_model_parallel_size {tensor}")
+        if self.optimizer.qk_clip and model.qk_layernorm:
+            raise ValueError(
+                "optimizer.qk_clip scales query and key weights, whose scale model.qk_layernorm takes away again; switch one of them off"
+            )
         layers = sum(model.stack_layers.values())
         if layers < stages:
             raise ValueError(

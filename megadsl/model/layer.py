@@ -62,6 +62,7 @@ def layer_submodules(model: ModelConfig, config: TransformerConfig, sublayers: l
     """The spec of one layer. Every layer gets its own object, because TransformerLayer may rewrite it."""
     by_kind = {sublayer.kind: sublayer for sublayer in sublayers}
     qk_norm = WrappedTorchNorm if model.qk_layernorm else None
+    core_attention = ModuleSpec(module=ScaledDotProductAttention, params={"softcap": model.attention_logit_softcap})
     make_norm = partial(_tagged_norm, config) if norm_position in ("post", "both") else None
 
     def norm_of(kind: str):
@@ -83,7 +84,7 @@ def layer_submodules(model: ModelConfig, config: TransformerConfig, sublayers: l
             module=MemoryAttention, params={"qk_layernorm": model.qk_layernorm},
             submodules=CrossAttentionSubmodules(
                 linear_q=tensor_parallel.ColumnParallelLinear, linear_kv=tensor_parallel.ColumnParallelLinear,
-                core_attention=ScaledDotProductAttention, linear_proj=tensor_parallel.RowParallelLinear,
+                core_attention=core_attention, linear_proj=tensor_parallel.RowParallelLinear,
             ),
         ),
         "cross_attn_bda": addition("cross_attention"),
@@ -138,6 +139,11 @@ class Layer(torch.nn.Module):
         submodules = layer_submodules(model, config, sublayers, norm_position, causal)
         self.layer = TransformerLayer(config, submodules, layer_number=index + 1)
         _tag_layer(self.layer, model, sublayers)
+
+    def attentions(self) -> list[torch.nn.Module]:
+        """Megatron's self-attention, and its cross-attention where the layer has one."""
+        both = self.layer.self_attention, self.layer.cross_attention
+        return [attention for attention in both if not isinstance(attention, IdentityOp)]
 
     def forward(self, value: Activations, inference_context=None) -> Activations:
         masks, hidden, memory = self.masks(value), value.hidden, value.get("memory")

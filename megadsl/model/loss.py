@@ -16,6 +16,43 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.transpose(0, 1)
 
 
+def token_losses_and_log_normalizers(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_losses`, and logsumexp of every position's logits, both [b, s]."""
+    losses, normalizers = _LossesAndLogNormalizers.apply(logits.float(), labels.transpose(0, 1).contiguous())
+    return losses.transpose(0, 1), normalizers.transpose(0, 1)
+
+
+class _LossesAndLogNormalizers(torch.autograd.Function):
+    """Cross-entropy Z - x_label and Z = ln sum_i e^{x_i} together, from one softmax p: Megatron's function keeps Z to itself.
+
+    dZ/dx_i = p_i on the rank that holds i, whatever the other ranks hold.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        group, size = tensor_group(), logits.size(-1)
+        largest = logits.amax(dim=-1)
+        if group.size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        softmax = (logits - largest.unsqueeze(-1)).exp_()
+        index = labels - group.rank() * size
+        elsewhere = (index < 0) | (index >= size)
+        index = index.masked_fill(elsewhere, 0).unsqueeze(-1)
+        at_label = logits.gather(-1, index).squeeze(-1).masked_fill(elsewhere, 0.0)
+        sums = torch.stack((softmax.sum(dim=-1), at_label))
+        if group.size() > 1:
+            dist.all_reduce(sums, group=group)
+        normalizers = sums[0].log() + largest
+        ctx.save_for_backward(softmax.div_(sums[0].unsqueeze(-1)), index, elsewhere)
+        return normalizers - sums[1], normalizers
+
+    @staticmethod
+    def backward(ctx, loss_gradient: torch.Tensor, normalizer_gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        softmax, index, elsewhere = ctx.saved_tensors
+        gradient = softmax * (loss_gradient + normalizer_gradient).unsqueeze(-1)
+        return gradient.scatter_add_(-1, index, -loss_gradient.masked_fill(elsewhere, 0.0).unsqueeze(-1)), None
+
+
 @torch.no_grad()
 def likeliest_tokens(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The likeliest real token of every position (the padding of the vocabulary is none). logits [s, b, v/p] -> [b, s]."""

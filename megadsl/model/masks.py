@@ -7,7 +7,8 @@ own causal or full fast path.
 
 A mask has the form in which the attention kernel keeps it for the backward pass, so that all layers of a stack keep one and the
 same: numbers to add to the scores (SDPA turns a boolean mask into such a tensor anew in every layer), or, where there is a GPU
-and the rule is all there is, flex_attention's BlockMask, which needs no memory for single scores.
+and the rule is all there is, flex_attention's BlockMask, which needs no memory for single scores. Soft-capped scores take the
+BlockMask there also where nothing but the kind of attention rules.
 
 Shape letters: s queries, t keys, b micro-batch, n heads of this rank.
 """
@@ -53,10 +54,10 @@ def visibility(causal: bool, offset: int = 0, key_segments: torch.Tensor | None 
     return sees
 
 
-def visible(sees: Rule, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """The rule for every pair, [b or 1, 1, s or 1, t]: sequences and queries that do not differ have one row."""
+def visible(sees: Rule, batch: int, queries: int, keys: int, device: torch.device, first: int = 0) -> torch.Tensor:
+    """The rule for every pair, [b or 1, 1, s or 1, t]: sequences and queries that do not differ have one row. `first`: query."""
     sequence, query, key = (torch.arange(size, device=device) for size in (batch, queries, keys))
-    seen = sees(sequence[:, None, None], 0, query[:, None], key)
+    seen = sees(sequence[:, None, None], 0, query[:, None] + first, key)
     return seen.view(-1, 1, *seen.shape[-2:])
 
 
@@ -101,7 +102,7 @@ class Masks:
         segments = value.get("segments") if self.isolated else None
         source = value.get("source_segments")
         if "memory" in value:
-            memory = self._memory(*shape, False, source, None, None, None)
+            memory = self._memory(*shape, False, source, None, None, None, value["memory"].size(0))
         else:
             memory, segments = None, segments if source is None else source
         own = self._own(*shape, self.causal, segments, segments, value.get("prefix_length"), value.get("position_bias"))
@@ -109,14 +110,16 @@ class Masks:
 
     def _make(self, queries: int, batch: int, dtype: torch.dtype, device: torch.device, causal: bool,
               key_segments: torch.Tensor | None, query_segments: torch.Tensor | None, prefix_length: torch.Tensor | None,
-              bias: torch.Tensor | None) -> Mask | None:
+              bias: torch.Tensor | None, memory_length: int | None = None) -> Mask | None:
         ruled = key_segments is not None or prefix_length is not None
-        if not ruled and bias is None:
+        # SDPA has fast paths without a mask, but caps no scores: flex_attention does, and goes by a BlockMask.
+        capped = self.model.attention_logit_softcap and blockwise(self.model, device, dtype, queries, bias)
+        if not ruled and bias is None and not capped:
             return None
-        keys = queries if key_segments is None else key_segments.size(1)
+        keys = memory_length or queries if key_segments is None else key_segments.size(1)
         if bias is not None:
             keys = bias.size(-1)
-        if not ruled and not causal:
+        if not ruled and not causal and not capped:
             return additive(None, dtype, bias)
         sees = visibility(causal, max(0, keys - queries) if causal else 0, key_segments, query_segments, prefix_length)
         if blockwise(self.model, device, dtype, queries, bias):

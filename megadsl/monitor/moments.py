@@ -28,14 +28,17 @@ class Rows:
 
     def __init__(self, measure: Callable[[list[int], tuple[torch.Tensor, ...], int], None], carry: int = 0):
         self._measure, self._carry = measure, carry
-        self._buffers: tuple[torch.Tensor, ...] | None = None
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._shapes: list[torch.Size] = []
         self._places: list[int] = []
         self._carried = 0
 
     def add(self, place: int, *tensors: torch.Tensor) -> None:
         """Copy the tensors of one place."""
-        if self._buffers is None or any(b.shape[1:] != t.shape for b, t in zip(self._buffers, tensors, strict=True)):
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != self._shapes:
             self.flush()
+            self._shapes = shapes
             size = sum(t.numel() * t.element_size() for t in tensors)
             self._capacity = self._carry + max(1, min(BLOCK_ROWS, BLOCK_BYTES // max(1, size)))
             self._buffers = tuple(torch.empty((self._capacity, *t.shape), dtype=t.dtype, device=t.device) for t in tensors)
@@ -60,25 +63,29 @@ class Rows:
         self._places, self._carried = kept, len(kept)
 
 
-def stream_sums(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """x [r, s, b, h], real [s, b] (1: no padding; None: none) -> [r, 5]: sums of squares, of overlaps of two different positions, of
-    values, and how many numbers and pairs (times h) they run over."""
-    x = x.float()
+def stream_sums(x: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [r, s, b, h], real [s, b] (1: no padding; None: none).
+
+    Returns:
+        ([r, 5]: sums of squares, of overlaps of two different positions, of values, and how many numbers and pairs (times h) they
+        run over; [r, s, b]: the norm of every token).
+    """
     r, s, b, h = x.shape
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     if real is None:
-        lengths = x.new_full((b,), float(s))
+        total, squares = x.sum(dim=1, dtype=torch.float32), norms.square().sum(dim=(1, 2))
+        lengths = norms.new_full((b,), float(s))
     else:
-        x, lengths = x * real[..., None], real.sum(dim=0)
-    total = x.sum(dim=1)
-    square = x.square().sum(dim=(1, 2, 3))
-    overlap = total.square().sum(dim=(1, 2)) - square
+        total, squares = (x * real[..., None]).sum(dim=1, dtype=torch.float32), (norms.square() * real).sum(dim=(1, 2))
+        lengths = real.sum(dim=0)
+    overlap = torch.linalg.vector_norm(total, dim=(1, 2)).square() - squares
     counts = torch.stack((lengths.sum() * h, (lengths * (lengths - 1)).sum() * h)).expand(r, 2)
-    return torch.cat((torch.stack((square, overlap, total.sum(dim=(1, 2))), dim=1), counts), dim=1).double()
+    return torch.cat((torch.stack((squares, overlap, total.sum(dim=(1, 2))), dim=1), counts), dim=1).double(), norms
 
 
-def angles(x: torch.Tensor, y: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """[r, s, b, h] twice -> [r, 2]: sum over tokens of the angle between them over pi, and the number of tokens."""
-    cosine = torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).clamp(-1.0, 1.0)
+def angles(x: torch.Tensor, x_norms: torch.Tensor, y: torch.Tensor, y_norms: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """[r, s, b, h] twice, with their norms [r, s, b] -> [r, 2]: sum over tokens of the angle between them over pi, number of tokens."""
+    cosine = ((x * y).sum(dim=-1, dtype=torch.float32) / (x_norms * y_norms)).clamp(-1.0, 1.0)
     angle = torch.arccos(cosine) / math.pi
     real = torch.ones_like(angle[0]) if real is None else real
     return torch.stack(((angle * real).sum(dim=(1, 2)), real.sum().expand(len(x))), dim=1).double()

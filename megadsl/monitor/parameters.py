@@ -27,10 +27,7 @@ class Fragment(Protocol):
     start: int
     count: int
     flat: torch.Tensor
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This fragment of a tensor that is shaped like `flat`."""
-        ...
+    offset: int
 
 
 class ParameterProbes:
@@ -41,43 +38,47 @@ class ParameterProbes:
     """
 
     def __init__(self, fragments: Sequence[Fragment], device: torch.device, tensor_rank: int = 0, tensor_size: int = 1):
-        self._fragments: dict[int, list[tuple[Fragment, torch.Tensor]]] = {}  # by the flat tensor's id, with the places of the sample
-        for fragment in fragments:
-            if fragment.tag.std and fragment.count:
-                places = sampled_places(fragment.tag, fragment.name, tensor_rank, tensor_size)
-                own = places[(places >= fragment.start) & (places < fragment.start + fragment.count)] - fragment.start
-                if len(own):
-                    self._fragments.setdefault(id(fragment.flat), []).append((fragment, torch.from_numpy(own).to(device)))
-        own = {fragment.name: torch.Size(fragment.tag.full_shape).numel() for fragment in fragments if fragment.tag.std}
-        self._sizes = names_of_all_ranks(own)
-        self._place = {name: index for index, name in enumerate(self._sizes)}
+        drawn = [fragment for fragment in fragments if fragment.tag.std]
+        self._sizes = names_of_all_ranks({fragment.name: math.prod(fragment.tag.full_shape) for fragment in drawn})
+        number = {name: index for index, name in enumerate(self._sizes)}
+        # By the flat tensor's id: where the sampled numbers lie in it, and of which parameter each is.
+        self._sampled: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for fragment in drawn:
+            places = sampled_places(fragment.tag, fragment.name, tensor_rank, tensor_size)
+            places = places[(places >= fragment.start) & (places < fragment.start + fragment.count)] - fragment.start + fragment.offset
+            if len(places):
+                found.setdefault(id(fragment.flat), []).append((places, np.full(len(places), number[fragment.name])))
+        for key, parts in found.items():
+            self._sampled[key] = tuple(torch.from_numpy(np.concatenate(column)).to(device) for column in zip(*parts, strict=True))
         self._device = device
         self._reset()
 
     def _reset(self) -> None:
         # By parameter: sums of squares of weights, gradients and steps, and how many numbers.
-        self._sums = torch.zeros(len(self._sizes), 4, dtype=torch.float64, device=self._device)
+        self._sums = torch.zeros(4, len(self._sizes), dtype=torch.float64, device=self._device)
 
     @torch.no_grad()
     def around(self, stepped: Sequence[torch.Tensor], step: Callable[[], object]) -> object:
         """Run `step`, which steps the tensors `stepped` by their .grad, and measure it."""
-        found = [pair for tensor in stepped if tensor.grad is not None for pair in self._fragments.get(id(tensor), ())]
+        found = [(tensor, *self._sampled[id(tensor)]) for tensor in stepped if id(tensor) in self._sampled and tensor.grad is not None]
         if not found:
             return step()
-        before = [fragment.of(fragment.flat)[places] for fragment, places in found]
-        norms = [_norms(before), _norms([fragment.of(fragment.flat.grad)[places] for fragment, places in found])]
+        numbers = torch.cat([number for _, _, number in found])
+        before = torch.cat([tensor.view(-1)[places] for tensor, places, _ in found])
+        gradient = torch.cat([tensor.grad.view(-1)[places] for tensor, places, _ in found])
         result = step()
-        norms.append(_norms(torch._foreach_sub([fragment.of(fragment.flat)[places] for fragment, places in found], before)))
-        counts = torch.tensor([len(places) for _, places in found], dtype=torch.float64, device=self._device)
-        index = torch.tensor([self._place[fragment.name] for fragment, _ in found], device=self._device)
-        self._sums.index_add_(0, index, torch.stack((*(norm.double().square() for norm in norms), counts), dim=1))
+        after = torch.cat([tensor.view(-1)[places] for tensor, places, _ in found])
+        for row, values in enumerate((before, gradient, after - before)):
+            self._sums[row] += torch.bincount(numbers, values.double().square(), len(self._sizes))
+        self._sums[3] += torch.bincount(numbers, minlength=len(self._sizes))
         return result
 
     def read(self) -> dict[str, dict[str, float]]:
         """By quantity (signal.PARAMETER_QUANTITIES) and parameter, over what was measured since the last `read`; on all ranks together."""
         sums = sum_over_all_ranks(self._sums.clone())
         self._reset()
-        mean = (sums[:, :3] / sums[:, 3:]).sqrt().tolist()
+        mean = (sums[:3] / sums[3]).sqrt().T.tolist()
         found: dict[str, dict[str, float]] = {"weight_norm": {}, "gradient_norm": {}, "update_ratio": {}}
         for (name, size), (weight, gradient, update) in zip(self._sizes.items(), mean, strict=True):
             found["weight_norm"][name] = weight * size ** 0.5
@@ -99,7 +100,3 @@ def sampled_places(tag: ParameterTag, name: str, rank: int, size: int) -> np.nda
         found.append((row[inside] - rows.start + done) * (columns.stop - columns.start) + column[inside] - columns.start)
         done += rows.stop - rows.start
     return np.concatenate(found)
-
-
-def _norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(torch._foreach_norm(tensors))

@@ -24,8 +24,8 @@ from megadsl.monitor.signal import Point, SignalRecord
 from megadsl.parallel.groups import add_up_signal
 
 _ADDITIONS = {"self_attention": "self_attn_bda", "cross_attention": "cross_attn_bda", "ffn": "mlp_bda"}
-SEQUENCES = 2  # of a micro-batch
-QUERIES = 16  # of one sequence
+SEQUENCES = 1  # of a micro-batch
+QUERIES = 8  # of one sequence
 TOKENS = 64  # of one sequence, for dead units
 # Columns of the sums: where each group of numbers begins.
 _FORWARD, _GRADIENT, _ATTENTION, _DEAD, _ANGLE, _COLUMNS = 0, 5, 10, 13, 15, 17
@@ -53,6 +53,8 @@ class SignalProbes:
         self._place = {(point.stack, point.layer, point.kind): index for index, point in enumerate(self._points)}
         self._stacks = list(dict.fromkeys(point.stack for point in self._points if point.stack))
         self._layer_ends = self._ends()
+        self._carry = {stack: max(count for index, count in self._layer_ends.items() if self._points[index].stack == stack)
+                       for stack in self._stacks}  # rows that an angle looks back
         self._handles: list = []
         self.recording = True  # False: hooks stay, and look away (micro-batches that are not measured)
         self._reset()
@@ -134,7 +136,7 @@ class SignalProbes:
         def hook(module, arguments) -> None:
             if self.recording:
                 hidden = arguments[0].hidden.detach()[:, :self._sequences]
-                self._collect(("forward", stack), self._measure_stream, place, hidden, carry=self._carry(stack))
+                self._collect(("forward", stack), self._measure_stream, place, hidden, carry=self._carry[stack])
 
         self._handles.append(layer.register_forward_pre_hook(hook))
 
@@ -156,7 +158,7 @@ class SignalProbes:
 
     def _observe(self, stack: str, place: int, hidden: torch.Tensor, forward: bool, recomputed: bool = False) -> torch.Tensor:
         if forward and self.recording:
-            self._collect(("forward", stack), self._measure_stream, place, hidden.detach()[:, :self._sequences], carry=self._carry(stack))
+            self._collect(("forward", stack), self._measure_stream, place, hidden.detach()[:, :self._sequences], carry=self._carry[stack])
         # A layer that is recomputed runs again in the backward pass, when other micro-batches may have been forward in between; they
         # run again in the order in which they ran, so the first one is the measured one.
         again = not forward and place not in self._run_again
@@ -166,9 +168,6 @@ class SignalProbes:
             hidden.register_hook(lambda gradient: self._collect(
                 ("gradient", stack), self._measure_gradient, place, gradient.detach()[:, :self._sequences]))
         return hidden
-
-    def _carry(self, stack: str) -> int:
-        return max(count for index, count in self._layer_ends.items() if self._points[index].stack == stack)
 
     def _collect(self, key: tuple, measure: Callable, place: int, *tensors: torch.Tensor, carry: int = 0) -> None:
         # Returns None: a tensor hook that returns a tensor would replace the gradient.
@@ -205,17 +204,20 @@ class SignalProbes:
 
     def _measure_stream(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
         x, real = rows[0], self._real.get(stack)
+        sums, norms = stream_sums(x, real)
         own = carried + (places[carried] == self._borrowed)
         if own < len(places):
-            self._add(places[own:], _FORWARD, stream_sums(x[own:], real) * self._share)
-        ends = [(row, row - self._layer_ends[place]) for row, place in enumerate(places)
-                if row >= carried and place in self._layer_ends and row >= self._layer_ends[place]]
+            self._add(places[own:], _FORWARD, sums[own:] * self._share)
+        ends = [row for row, place in enumerate(places) if row >= max(carried, self._layer_ends.get(place, len(places)))]
         if ends:
-            last, first = (torch.tensor(column, device=x.device) for column in zip(*ends, strict=True))
-            self._add([places[row] for row, _ in ends], _ANGLE, angles(x[last], x[first], real) * self._share)
+            step = self._layer_ends[places[ends[0]]]  # additions of a layer, so its end comes every so many rows
+            last, before = slice(ends[0], ends[-1] + 1, step), slice(ends[0] - step, ends[-1] + 1 - step, step)
+            if len(ends) != len(range(ends[0], ends[-1] + 1, step)):  # but not across two forward passes
+                last, before = ends, [row - step for row in ends]
+            self._add([places[row] for row in ends], _ANGLE, angles(x[last], norms[last], x[before], norms[before], real) * self._share)
 
     def _measure_gradient(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
-        self._add(places, _GRADIENT, stream_sums(rows[0], self._real.get(stack)) * self._share)
+        self._add(places, _GRADIENT, stream_sums(rows[0], self._real.get(stack))[0] * self._share)
 
     def _measure_units(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
         self._add(places, _DEAD, dead_sums(rows[0].float()))

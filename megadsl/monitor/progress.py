@@ -9,7 +9,7 @@ class LogRecord:
     """What one log line says; loss and rates are means over the interval since the last line.
 
     tokens_per_second counts what is not padding; `padding` is the share of positions that are. memory_bytes: of the rank that held
-    most. tflops: a device's.
+    most. tflops: a device's. peak_tflops: what the device could do at most, None where that is not known.
     """
 
     iteration: int
@@ -23,6 +23,7 @@ class LogRecord:
     memory_bytes: int
     seconds_per_iteration: float
     skipped: int
+    peak_tflops: float | None = None
 
     def text(self) -> str:
         width, seconds_left = len(str(self.train_iters)), self.seconds_per_iteration * (self.train_iters - self.iteration)
@@ -31,15 +32,19 @@ class LogRecord:
             f"grad norm {self.gradient_norm:.3f} | {self.tokens_per_second:,.0f} tokens/s | {self.tflops:.4g} TFLOP/s | "
             f"peak memory {self.memory_bytes / 2**30:.2f} GiB | ETA {duration(seconds_left)}"
         )
+        if self.peak_tflops:
+            line += f" | MFU {self.tflops / self.peak_tflops:.1%}"
         padding = f" | padding {self.padding:.1%}" if self.padding else ""
         return line + padding + (f" | skipped {self.skipped}" if self.skipped else "")
 
     def scalars(self) -> dict[str, float]:
         """Throughput for TensorBoard (loss, lr and norm are written every iteration)."""
+        mfu = {"throughput/mfu": self.tflops / self.peak_tflops} if self.peak_tflops else {}
         return {
             "throughput/tokens_per_second": self.tokens_per_second, "throughput/padding_share": self.padding,
             "throughput/tflops": self.tflops, "throughput/seconds_per_iteration": self.seconds_per_iteration,
             "memory/peak_gib": self.memory_bytes / 2**30, "train/skipped_iterations": float(self.skipped),
+            **mfu,
         }
 
 

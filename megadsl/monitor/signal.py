@@ -74,6 +74,11 @@ class SignalRecord:
             "parameters": {name: {key: _finite(number) for key, number in row.items()} for name, row in self.parameters.items()},
         })
 
+    @classmethod
+    def from_json(cls, line: str | bytes) -> "SignalRecord":
+        """Of a line that to_json wrote; null is NaN."""
+        return _record(json.loads(line))
+
 
 @dataclass
 class SignalHistory:

@@ -110,6 +110,11 @@ def communication_backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU, such as NVIDIA H100 80GB HBM3; "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory that this process has held: of the GPU, or resident on the host."""
     if device.type == "cuda":

@@ -26,6 +26,7 @@ def model_shape(model: ModelConfig, norm_position: NormPosition | None = None) -
         normalization=model.normalization, eps=model.layernorm_epsilon, dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         rotary_base=model.rotary_base if model.position_embedding_type == "rope" else None, qk_norm=model.qk_layernorm,
+        attention_softcap=model.attention_logit_softcap,
     )
 
 
@@ -121,7 +122,7 @@ def profile_of(parametrization: Parametrization, model: ModelConfig, statistics:
     # Logits are linear in the head's input, whose second moment is 1.
     head_std = parametrization.head.weight_std.get("output_head", parametrization.tables["word_embedding"])
     head = Head(model.hidden_size * (head_std * parametrization.head.hidden_scale) ** 2, parametrization.head.weight_std.get("head_dense"),
-                statistics.repeats, statistics.masking_probability)
+                statistics.repeats, statistics.masking_probability, statistics.z_loss)
     shape = model_shape(model, parametrization.norm_position)
     return propagate(shape, embedding_of(parametrization, model, statistics), parametrization.sublayers, vocab_size, level, head,
                      statistics.gradient_correlation)

@@ -225,6 +225,12 @@ class Task(ABC):
         dataset = getattr(self.splits(0), request.split)
         return mean_results(self, model, dataset, request)
 
+    def evaluation_samples(self, request: EvaluationRequest, count: int) -> "list[Batch]":
+        """At most `count` samples of what `request` names, spread over it, to look at a model with; UserError where there is none."""
+        dataset = getattr(self.splits(0), request.split)
+        count = min(count, len(dataset))
+        return [dataset[(2 * index + 1) * len(dataset) // (2 * count)] for index in range(count)]
+
     def require_known(self, request: EvaluationRequest) -> None:
         """UserError at the first option of a request that the task does not read."""
         for option in ("max_tokens", "pseudo_tokens"):

@@ -21,6 +21,10 @@ Backward, per kappa_v kappa_o, G the Gram matrix of the gradient at the output (
   Q_2)^2/d
 Attention dropout acts on whole values: P2/(1 - p_a) on V_ss, and p_a/(1 - p_a) S D added inside the K and Q diagonals.
 
+Soft-capped scores (softcap.py): weights and rho are those of the capped scores; S gets the gradient's loss in the cap (`passed`), the
+tilt and what follows a score E p . f' (`slope`) for each factor; and because a common shift is not ignored any more, rows of K
+sum to `leak`, and Q gets `leak` times what keys have in common.
+
 Finite heads: the score variance of a head fluctuates by omega = 2/d_h + 4/d and rho by (1 + rho^2) omega / 2; both are averaged
 over. Keys of fixed length (on a sphere) have thinner tails: ln E e^{sa} = v s^2/2 - v^2 s^4/(4d), so P2 ~ e^{v - 3.5 v^2/d}/n,
 P11 ~ e^{rho v - v^2 ((1 + rho)^2 - 1/2)/d}/n, and the tilt shrinks by (1 - v/d)^2; the part that keys share takes the effect away
@@ -30,11 +34,13 @@ THEORY.md, sections 2-6b; T, the Wishart and v/d_h terms of Q, f's w and the dro
 Letters: t, t' queries, s, s' keys, n_t keys of a query, d width, d_h head size, B blocks of the grid.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from megadsl.theory.grid import Gram, Mask
+from megadsl.theory.softcap import capped_weights, overlaps
 from megadsl.theory.softmax import AttentionWeights, attention_weights, weight_table
 
 
@@ -42,7 +48,8 @@ from megadsl.theory.softmax import AttentionWeights, attention_weights, weight_t
 class AttentionShape:
     """What the moments of an attention branch depend on besides its input.
 
-    `normed`: the rows of the input have a fixed length (behind a norm) instead of Gaussian coordinates.
+    `normed`: the rows of the input have a fixed length (behind a norm) instead of Gaussian coordinates. `softcap`: cap on scores; 0:
+    none.
     """
 
     width: int
@@ -50,6 +57,7 @@ class AttentionShape:
     dropout: float = 0.0
     qk_norm: bool = False
     normed: bool = False
+    softcap: float = 0.0
 
     @property
     def omega(self) -> float:
@@ -94,10 +102,22 @@ class AttentionSignal:
         self.kappa, self.score_overlap = kappa, overlap
         self.score_variance = kappa * queries.diag * self.score_excess
         self.sphere = self._sphere()
-        self.weights = self._weights(n, self.score_variance / (1.0 + 3.5 * self.sphere * self.score_variance), table_limit)
+        tails = 1.0 + 3.5 * self.sphere * self.score_variance
+        # Share of the variance of scores that the keys of a query have in common.
+        self.share = 1.0 - np.clip(self.score_excess / np.maximum(self.key_moment, 1e-12), 0.0, 1.0)
+        whole = kappa * queries.diag * self.key_moment
+        if shape.softcap:
+            self.weights = capped_weights(n, whole / tails, self.share, shape.softcap, shape.omega, table_limit)
+        else:
+            self.weights = self._weights(n, self.score_variance / tails, table_limit)
         root = np.sqrt(np.maximum(queries.diag, 1e-300))
         self.rho = np.clip(overlap / np.outer(root, root), -1.0, 1.0)
+        self.score_rho, self.slope, self.passed, self.passed_pairs, self.leak, self.leak_pairs = self.rho, 1.0, 1.0, 1.0, 0.0, 0.0
+        if shape.softcap:
+            self._cap(float(whole.mean()))
         self._joint()
+        if shape.softcap:
+            self.leak_pairs = self.leak_pairs * self.p11
         self.output = self._output(uniform, rotary)
 
     def _sphere(self) -> np.ndarray:
@@ -112,16 +132,32 @@ class AttentionSignal:
             return attention_weights(n, float(v[-1]), self.shape.omega)
         return weight_table(n, table_limit, self.shape.omega).read(v)
 
+    def _cap(self, variance: float) -> None:
+        """What a cap does to pairs of queries at scores of one variance."""
+        found, share = overlaps(round(variance, 9), self.shape.softcap), self._common(self.share)
+
+        def correlation(overlap: Callable) -> np.ndarray:
+            own = overlap(1.0) - overlap(share)
+            joint = overlap(self.rho) - overlap(self.rho * share)
+            return np.where(own > 1e-9, joint / np.maximum(own, 1e-9), self.rho)
+
+        weights = self.weights
+        self.score_rho = np.clip(correlation(found.capped), -1.0, 1.0)
+        self.slope, self.passed, self.leak = weights.slope, weights.passed, weights.leak
+        self.passed_pairs = self._common(weights.passed) * found.slopes(self.rho) / found.slopes(1.0)
+        self.leak_pairs = self._common(weights.leak / weights.p2) * np.clip(correlation(found.slopes), -1.0, 1.0)
+
     def _joint(self) -> None:
         """P11, S11 and rho S11 for every pair of different queries, averaged over the fluctuation of rho."""
         weights, smaller, larger = self.weights, self.mask.smaller, self.mask.larger
         w = np.sqrt(np.outer(weights.shape, weights.shape))
         omega = self.shape.omega
-        sphere = np.sqrt(np.outer(self.sphere, self.sphere)) * (1.5 * self.rho - 0.5 - self.rho ** 2)
-        grown = np.exp(np.minimum(self.rho * w + (0.25 * omega * (1.0 + self.rho ** 2) + sphere) * w * w, 60.0))
+        rho = self.score_rho
+        sphere = np.sqrt(np.outer(self.sphere, self.sphere)) * (1.5 * rho - 0.5 - rho ** 2)
+        grown = np.exp(np.minimum(rho * w + (0.25 * omega * (1.0 + rho ** 2) + sphere) * w * w, 60.0))
         whole = np.maximum(np.expm1(np.minimum(w + 0.5 * omega * w * w, 60.0)), 1e-12)
         small = w < 1e-6
-        fraction = np.where(small, self.rho, (grown - 1.0) / whole)
+        fraction = np.where(small, rho, (grown - 1.0) / whole)
         slope = np.where(small, 1.0, w * grown / whole)
         row_excess = weights.p2 - 1.0 / self.mask.count
         share = smaller / larger
@@ -138,6 +174,7 @@ class AttentionSignal:
         shape, weights, e = self.shape, self.weights, self.excess
         common = self._common(e)
         pull = np.sqrt(np.maximum(rotary.row_mean, 0.0)) if rotary is not None else np.ones_like(e)
+        pull = pull * self.slope
         tilt = self.kappa / shape.width * np.outer(pull * e, pull * e) * self.queries.off * (1.0 - self.p11)
         off = uniform.off + (self.p11 - 1.0 / self.mask.larger) * common + tilt
         keep = 1.0 - shape.dropout
@@ -172,10 +209,14 @@ class AttentionSignal:
     def _key_path(self, gradient: Gram) -> Gram:
         mask, n = self.mask, self.mask.count
         root = np.sqrt(self.queries.diag)
-        off = self.kappa * gradient.off * np.outer(root, root) * self.rho_s11 * self._common(self.excess)
+        excess = self._common(self.excess)
+        off = self.kappa * gradient.off * np.outer(root, root) * self.rho_s11 * excess * self.passed_pairs
         noise = self.shape.dropout / (1.0 - self.shape.dropout) * self.key_moment * self.weights.s
-        diag = self.kappa * gradient.diag * self.queries.diag * (self.excess * self.weights.s_tilted + noise)
+        diag = self.kappa * gradient.diag * self.queries.diag * (self.excess * self.weights.s_tilted + noise) * self.passed
         own = mask.gather(Gram(off / mask.smaller, diag / n))
+        if self.shape.softcap:
+            off = off - self.kappa * gradient.off * self.queries.off * self.leak_pairs * excess
+            diag = diag - self.kappa * gradient.diag * self.queries.diag * self.leak * self.excess
         rest = mask.gather_both(Gram(off / (mask.smaller * np.maximum(mask.smaller - 1.0, 0.5)),
                                      diag / (n * np.maximum(n - 1.0, 0.5))))
         return Gram(-rest, own.diag)
@@ -186,10 +227,16 @@ class AttentionSignal:
         both = np.sqrt(np.outer(e * score, e * score))
         # Along the query, one of d_h directions, the weights follow the keys: their spread there is 1 + v (1 + rho v for two
         # queries).
-        along = self.score_variance / self.shape.head_dim
+        along = self.score_variance * self.slope ** 2 / self.shape.head_dim
         beside = 1.0 + self.rho * np.sqrt(np.outer(along, along))
-        off = self.kappa * gradient.off * both * (self.s11 * beside + np.outer(still, still) / width)
+        moved = still * self.slope
+        off = self.kappa * gradient.off * both * (self.s11 * self.passed_pairs * beside + np.outer(moved, moved) / width)
         noise = self.shape.dropout / (1.0 - self.shape.dropout) * self.key_moment * score * weights.s
         diag = self.kappa * gradient.diag * (
-            e * score * ((1.0 + along + 1.0 / width) * weights.s + weights.spread / width) + noise)
+            e * score * ((1.0 + along + 1.0 / width) * weights.s * self.passed + weights.spread * self.slope ** 2 / width)
+            + noise * self.passed)
+        if self.shape.softcap:
+            common = e * self.key_moment * self.share
+            off = off + self.kappa * gradient.off * self._common(common) * self.leak_pairs
+            diag = diag + self.kappa * gradient.diag * common * self.leak
         return Gram(off, diag)

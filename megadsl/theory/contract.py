@@ -47,6 +47,7 @@ class Arguments:
     activation: str = "gelu"
     dropout: float | None = None
     attention_dropout: float = 0.0
+    attention_softcap: float = 0.0
     length: int = 128
     memory_length: int | None = None
     memory_correlation: float | None = None
@@ -65,12 +66,12 @@ class Arguments:
 _POSITIVE = ("in_features", "out_features", "ffn_hidden_size", "length", "memory_length", "num_heads", "num_query_groups",
     "head_dim")
 _NOT_NEGATIVE = ("gradient_variance", "weight_std", "query_std", "key_std", "value_std", "output_std", "fc1_std", "fc2_std",
-    "eps")
+    "eps", "attention_softcap")
 _CORRELATIONS = ("correlation", "gradient_correlation", "memory_correlation")
 _PROBABILITIES = ("dropout", "attention_dropout")
 _SIGNAL = ("mean", "variance", "correlation", "gradient_variance", "gradient_correlation")
 _ATTENTION = (*_SIGNAL, "in_features", "out_features", "weight_std", "query_std", "key_std", "value_std", "output_std", "dropout",
-              "attention_dropout", "length", "num_heads", "num_query_groups", "head_dim", "output_projection")
+              "attention_dropout", "length", "num_heads", "num_query_groups", "head_dim", "output_projection", "attention_softcap")
 USED = {
     "linear": (*_SIGNAL, "in_features", "out_features", "weight_std"),
     "dropout": (*_SIGNAL, "dropout"),
@@ -251,7 +252,8 @@ def _attention(arguments: Arguments, cross: bool) -> Moments:
     general = arguments.weight_std
     kappa = (width * std_or_default(arguments.query_std, width, general) * std_or_default(arguments.key_std, width, general)) ** 2
     value = std_or_default(arguments.value_std, width, general)
-    attention = AttentionSignal(AttentionShape(width, size, arguments.attention_dropout), Mask(grid, memory, causal), kappa,
+    shape = AttentionShape(width, size, arguments.attention_dropout, softcap=arguments.attention_softcap)
+    attention = AttentionSignal(shape, Mask(grid, memory, causal), kappa,
         queries, keys)
     if arguments.output_projection:
         std = std_or_default(arguments.output_std, heads * size, general)

@@ -121,7 +121,7 @@ def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, hea
         r = (float(unit.overlap(np.array(r))) - mean) / (unit.second_moment - mean)
         width = below = math.inf
     repeats = embedding.repeat_probability if head.repeat_probability is None else head.repeat_probability
-    moments = [cross_entropy_overlaps(d, vocab_size, repeats, r, head.logit_variance) for d in (width, below)]
+    moments = [cross_entropy_overlaps(d, vocab_size, repeats, r, head.logit_variance, head.z_loss) for d in (width, below)]
     at_head, entering = (min(1.0, max(0.0, share * other / same)) for same, other in moments)
     return at_head, (moments[1][0] / moments[0][0], entering)
 

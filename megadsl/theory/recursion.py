@@ -50,7 +50,7 @@ class MatrixRecursion:
         self.memory, self.memory_grid = memory, memory_grid
         self.cross_mask = Mask(self.grid, memory_grid, False) if memory_grid is not None else None
         self.attention_shape = AttentionShape(shape.hidden_size, shape.head_dim, shape.attention_dropout, shape.qk_norm,
-            normed=shape.norm_position != "none")
+            normed=shape.norm_position != "none", softcap=shape.attention_softcap)
         # Row norms fluctuate: E 1/s^2 = (1 + 3/d)/sigma^2, less the 2 projections of the norm (components.layernorm; RMSNorm
         # alike). Not behind norms, where the fluctuations of successive norms are not independent of the gradient's path.
         self._norm_backward = 1.0 if shape.outer_norm else np.sqrt(1.0 + 1.0 / shape.hidden_size)

@@ -89,7 +89,7 @@ class ScalarRecursion:
         self.memory_q, self.memory_r = memory or (1.0, 0.0)
         self.memory_length = memory_length
         self.attention_shape = AttentionShape(shape.hidden_size, shape.head_dim, shape.attention_dropout, shape.qk_norm,
-            normed=shape.norm_position != "none")
+            normed=shape.norm_position != "none", softcap=shape.attention_softcap)
         self.gated = ACTIVATIONS[shape.activation].gated or shape.activation == "squared_relu"
         self.steps: list[ScalarStep] = []
         self.start = (1.0, 0.0)

@@ -32,6 +32,7 @@ class ModelShape:
     attention_dropout: float = 0.0
     rotary_base: float | None = None
     qk_norm: bool = False
+    attention_softcap: float = 0.0
 
     @property
     def inner_norm(self) -> bool:
@@ -102,10 +103,11 @@ class Head:
 
     `dense_std`: BERT's transform norm(activation(dense @ h)) stands in front of the logits; None: it does not.
     `repeat_probability`: two predicted words are equal (None: the embedding's); `predicted_share`: positions that are predicted
-    (None: 15 % in an encoder, else all).
+    (None: 15 % in an encoder, else all); `z_loss`: coefficient of logsumexp(logits)^2 in the loss.
     """
 
     logit_variance: float = 1.0
     dense_std: float | None = None
     repeat_probability: float | None = None
     predicted_share: float | None = None
+    z_loss: float = 0.0

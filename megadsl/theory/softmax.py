@@ -126,11 +126,11 @@ def _averaged(n: np.ndarray, v: float, omega: float) -> np.ndarray:
         q2, q3, q22 = weight_moments(n, v * x)
         s = np.maximum(q2 - 2.0 * q3 + q22, 0.0)
         total += weight * np.stack([q2, s, x * s, 1.0 - q2 - 6.0 * q3 + 6.0 * q22, 1.0 - 2.0 * q2 + q22, np.zeros_like(n)])
-    total[5] = _shape(n, v, weight_moments(n, v)[0])
+    total[5] = joint_shape(n, v, weight_moments(n, v)[0])
     return total
 
 
-def _shape(n: np.ndarray, v: float, p2: np.ndarray) -> np.ndarray:
+def joint_shape(n: np.ndarray, v: float, p2: np.ndarray) -> np.ndarray:
     """w with w / (e^w - 1) = c_1 / (p2 - 1/n), c_1 = v (1 - p2)^2 / (n - 1) the exact slope of the joint moment at rho = 0
     (Stein)."""
     if v < 1e-5:

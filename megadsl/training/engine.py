@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from megadsl.schemes.plan import SignalPlan
 from megadsl.tasks.task import Batch, Task
 from megadsl.training.measuring import Measuring
 from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm, parameter_groups
+from megadsl.training.qk_clip import QKClip
 from megadsl.training.state import EngineState
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StepResult:
         parts: mean of every part of the loss, by name.
         tokens: tokens that are not padding.
         positions: all positions, padding included.
+        largest_score: of attention, before any cap; None: not searched (optimizer.qk_clip).
         refused: whether an alarm refused the step (monitor.alarms, action skip); the weights are as before it.
     """
 
@@ -49,6 +51,7 @@ class StepResult:
     parts: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     positions: int = 0
+    largest_score: float | None = None
     refused: bool = False
 
     @property
@@ -107,6 +110,7 @@ class Engine:
         )
         self.measuring = Measuring(
             task, plan, self.model.calls(), self.definition.embedding, self.state, self._optimizer, topology, coordinate, device)
+        self._qk_clip = QKClip(self.model, self.state, config.optimizer, device) if config.optimizer.qk_clip else None
 
     def _initialize_deepspeed(self):
         import deepspeed
@@ -153,7 +157,8 @@ class Engine:
         else:
             self._train_plain(on_device)
         parts, tokens, positions = self._totals()
-        return StepResult(sum(parts.values()), self._norm, parts, round(tokens), round(positions), self._refused)
+        result = StepResult(sum(parts.values()), self._norm, parts, round(tokens), round(positions), refused=self._refused)
+        return replace(result, largest_score=self._qk_clip.after_step(not result.skipped)) if self._qk_clip else result
 
     def _begin_step(self) -> None:
         self._taken: bool | None = None  # not known yet

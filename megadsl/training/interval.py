@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 
 from megadsl.model.flops import training_flops
+from megadsl.monitor.device_peak import peak_tflops
 from megadsl.monitor.progress import LogRecord
-from megadsl.parallel.device import peak_memory_bytes
+from megadsl.parallel.device import device_name, peak_memory_bytes
 from megadsl.parallel.groups import largest_over_ranks
 from megadsl.tasks.task import Task
 from megadsl.training.engine import StepResult
@@ -18,7 +19,7 @@ class Interval:
 
     def __init__(self, task: Task, world_size: int, iteration: int):
         config = task.config
-        self._train_iters = config.training.train_iters
+        self._train_iters, self._precision = config.training.train_iters, config.training.precision
         self._flops = config.training.global_batch_size * training_flops(task.model, task.head_multiplications())
         self._world_size = world_size
         self._start(iteration)
@@ -50,7 +51,7 @@ class Interval:
             gradient_norm=result.gradient_norm, tokens_per_second=self._tokens / iterations / seconds,
             padding=1.0 - self._tokens / max(1.0, self._positions), tflops=self._flops / seconds / self._world_size / 1e12,
             memory_bytes=largest_over_ranks(peak_memory_bytes(device), device), seconds_per_iteration=seconds,
-            skipped=skipped,
+            skipped=skipped, peak_tflops=peak_tflops(device_name(device), self._precision),
         )
         self._start(iteration)
         return record

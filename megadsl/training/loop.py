@@ -16,7 +16,7 @@ from megadsl.data.sampler import MicroBatches
 from megadsl.errors import UserError
 from megadsl.monitor.compare import agreement
 from megadsl.monitor.progress import Progress
-from megadsl.monitor.signal import SignalRecord, points_of
+from megadsl.monitor.signal import SignalRecord
 from megadsl.monitor.writer import MetricsWriter
 from megadsl.parallel.device import prepare_device
 from megadsl.parallel.groups import destroy_groups, initialize_groups
@@ -126,12 +126,10 @@ class Run:
         self.splits = self.task.splits(self.position.consumed_samples + self.left)
 
     def _make_writer(self) -> MetricsWriter:
-        writer = MetricsWriter(self.run_dir, self.position.iteration + 1, self.config.monitor.tensorboard, points_of(self.plan))
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.run_dir / "config.yaml")
         (self.run_dir / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
-        text = (self.run_dir / "config.yaml").read_text(encoding="utf-8")
-        writer.write_text("config", "    " + text.replace("\n", "\n    "))  # indented: Markdown shows it as it is
-        return writer
+        return MetricsWriter.of_run(self.config, self.plan, self.position.iteration + 1, lambda text: self.progress.log(text))
 
     def run(self) -> Path:
         """Train to train_iters, validating and saving on the way and at the end."""
@@ -179,7 +177,10 @@ class Run:
             self._report(self.checkpointer.wait())
         if self.writer:
             parts = {f"train/{name}": value for name, value in result.parts.items()} if len(result.parts) > 1 else {}
-            self.writer.write(done, {"train/loss": result.loss, **parts, "train/lr": lr, "train/grad_norm": result.gradient_norm})
+            scores = {} if result.largest_score is None else {"train/max_attention_logit": result.largest_score}
+            self.writer.write(done, {
+                "train/loss": result.loss, **parts, **scores, "train/lr": lr, "train/grad_norm": result.gradient_norm,
+            })
         self.progress.advance(done, result.loss)
         logs = done % self.config.monitor.log_interval == 0 or done == training.train_iters
         saves = self.config.checkpoint.save_interval and done % self.config.checkpoint.save_interval == 0
@@ -287,7 +288,7 @@ class Run:
     def _save(self) -> None:
         self._report(self.checkpointer.wait())
         if self.writer:
-            self.writer.flush()  # a run that resumes from here keeps the curve up to here
+            self.writer.save()  # a run that resumes from here keeps the curve up to here
         position = self.position
         info = CheckpointInfo(
             position.iteration, position.consumed_samples, position.skipped, position.loss, self.topology.tensor,

@@ -7,6 +7,7 @@ from megadsl.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoin
 from megadsl.config import Config
 from megadsl.config.deepspeed import deepspeed_config
 from megadsl.errors import UserError
+from megadsl.monitor.wandb_run import check_wandb
 from megadsl.parallel.launch import Launch, discover_launch
 from megadsl.parallel.topology import Topology
 from megadsl.schemes.plan import SignalPlan
@@ -46,6 +47,7 @@ def preflight(config: Config) -> Preflight:
         config.data_parallel_size(launch.world_size),
     )
     deepspeed_config(config, launch.world_size)
+    check_wandb(config.monitor)
     task = task_of(config)
     task.check()
     checkpoint, problems = resume_point(task, {})

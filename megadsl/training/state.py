@@ -6,7 +6,7 @@ of its stage; to load, each rank reads the ranges that its optimizer holds from 
 among them: together they read every number once, and no rank ever holds the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -124,6 +124,17 @@ class EngineState:
         for name, value in loss_scaler.items():
             if hasattr(scaler, name):
                 setattr(scaler, name, value)
+
+    @torch.no_grad()
+    def scale_rows(self, factors: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Multiply each row of this tensor-parallel rank's shards by its factor, in the optimizer's weights and in those that the
+        model computes with. On all data ranks together, with the same factors."""
+        for fragment in self.fragments:
+            if fragment.count and (factor := factors.get(fragment.parameter)) is not None:
+                row = prod(fragment.tag.shard_shape(self._topology.tensor)[1:])
+                every = factor.repeat_interleave(row)[fragment.start:fragment.start + fragment.count]
+                fragment.of(fragment.flat).mul_(every.to(fragment.flat))
+        self._spread_weights()
 
     def _load_kind(self, kind: str, reader: TensorReader, fragments: list[Fragment], targets: list[torch.Tensor]) -> None:
         """Fill `targets`, which are the places of `fragments`. At ZeRO 0 all data ranks hold the same: each reads a share."""

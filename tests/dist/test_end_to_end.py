@@ -111,10 +111,10 @@ def test_resumed_curve_is_the_undisturbed_one(config_file, killed_and_resumed):
 def test_event_files_hold_the_curve(killed_and_resumed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(killed_and_resumed / "tensorboard")).Reload()
-    points = {event.step: event.value for event in events.Scalars("train/loss")}
+    events = EventAccumulator(str(killed_and_resumed / "tensorboard" / killed_and_resumed.name)).Reload()
+    points = {event.step: event.value for event in events.Scalars("loss/train")}
     assert points == pytest.approx({iteration: loss for iteration, loss, *_ in curve(killed_and_resumed)}, rel=1e-6)
-    assert events.Scalars("validation/loss")
+    assert events.Scalars("loss/validation")
 
 
 def test_evaluate_and_generate(config_file, killed_and_resumed):

@@ -24,6 +24,8 @@ RUNS = {
     "decoder untied relu": ([(2, 2, 1, 1)], {"untie_embeddings_and_output_weights": True, "activation": "relu"}, {}),
     "decoder packed": ([(2, 2, 1, 1)], {"position_embedding_type": "rope", "norm_position": "post", "num_query_groups": 2},
                        {"reset_attention_mask": True, "prefix_lm": True}),
+    "decoder capped, z-loss": ([(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 3)], {"attention_logit_softcap": 1.0, "num_query_groups": 2},
+                               {"z_loss": 0.01}),
     "encoder": (SOME, {"family": "encoder", "num_tokentypes": 2}, {"sentence_order": True, "masking_do_full_word": True}),
     "encoder post": (SOME, {"family": "encoder", "norm_position": "post", "embedding_layernorm": True},
                      {"reset_attention_mask": True, "reset_position_ids": True}),

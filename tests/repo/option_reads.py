@@ -2,7 +2,8 @@
 `options` is known to be an OptimizerConfig.
 
 Known are annotated parameters and fields, what is assigned from them, what a function or property is annotated to return, `self`
-inside a section, elements of a tuple of sections, and getattr with a constant name. What a section's own property reads counts once
+inside a section, elements of a tuple of sections, and getattr with a constant name. What is read of a section's base class is read
+of all sections that are derived from it. What a section's own property reads counts once
 the property is read; what a validator reads does not count, since no run is changed by it.
 """
 
@@ -22,6 +23,8 @@ class OptionReads:
         self.returns: dict[str, str] = {}  # function -> class it returns
         self._found: dict[tuple[str, str] | None, set[Option]] = {}  # by the section's method that reads; None: any other code
         trees = [ast.parse(source) for source in sources]
+        self._bases = {node.name: [base.id for base in node.bases if isinstance(base, ast.Name)]
+                       for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         self.classes = {*sections, *(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))}
         # Twice: what an attribute holds may be known only after a class further on has been seen.
         for _ in range(2):
@@ -31,6 +34,13 @@ class OptionReads:
 
     def add(self, reader: tuple[str, str] | None, option: Option) -> None:
         self._found.setdefault(reader, set()).add(option)
+
+    def sections_of(self, name: str | None) -> set[str]:
+        """The sections that are, or are derived from, the class of that name."""
+        return {section for section in self.sections if self._is(section, name)} if name else set()
+
+    def _is(self, section: str, name: str | None) -> bool:
+        return section == name or any(self._is(base, name) for base in self._bases.get(section, ()))
 
     def read(self) -> set[Option]:
         """Fields and properties that code outside the sections reads, with what those properties read in turn."""
@@ -137,6 +147,5 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _record(self, owner: ast.expr, name: str) -> None:
-        known = self.type_of(owner)
-        if known in self._all.sections:
+        for known in self._all.sections_of(self.type_of(owner)):
             self._all.add((self._class, self._method) if self._class in self._all.sections else None, (known, name))

@@ -49,6 +49,8 @@ def test_same_logits_from_disk(case, small_data, make_stack, tmp_path):
 REFUSALS = [
     ({**GPT2, "qk_layernorm": True}, "dslm", "model.qk_layernorm=true has no place in GPT2LMHeadModel, which has false"),
     ({**GPT2, "norm_position": "post"}, "dslm", "model.norm_position=post"),
+    ({**GPT2, "attention_logit_softcap": 50.0}, "dslm", "model.attention_logit_softcap=50.0 has no place in GPT2LMHeadModel, which has 0.0"),
+    ({**T5, "attention_logit_softcap": 50.0}, "dslm", "model.attention_logit_softcap=50.0"),
     ({**GPT2, "num_query_groups": 2}, "dslm", "model.num_query_groups=2"),
     ({**GPT2, "kv_channels": 16}, "dslm", "model.kv_channels=16"),
     ({**GPT2, "activation": "swiglu"}, "dslm", "model.activation=swiglu"),

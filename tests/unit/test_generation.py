@@ -11,12 +11,13 @@ from megadsl.inference.sampling import Sampling
 
 
 @pytest.fixture
-def model(small_data, make_stack, tmp_path) -> TrainedModel:
-    config = small_data.config(tmp_path, model={"num_query_groups": 2})
+def model(request, small_data, make_stack, tmp_path) -> TrainedModel:
+    config = small_data.config(tmp_path, model={"num_query_groups": 2, **getattr(request, "param", {})})
     stack, _ = make_stack(config)
     return TrainedModel(config, stack.definition, stack.eval(), Tokenizer.load(small_data.tokenizer), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("model", [{}, {"attention_logit_softcap": 0.5}], indirect=True, ids=["plain", "capped"])
 @torch.inference_mode()
 def test_cache_gives_the_logits_of_a_full_forward_pass(model):
     from megadsl.model.cache import KeyValueCache

@@ -15,13 +15,13 @@ SHAPE = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "seq_leng
 
 
 def test_resumed_metrics_drop_what_will_be_written_again(tmp_path):
-    writer = MetricsWriter(tmp_path, 1, tensorboard=False)
+    writer = MetricsWriter(tmp_path, 1)
     for iteration in (1, 2, 3):
         writer.write(iteration, {"train/loss": float(iteration)})
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 4, "tr')  # a line cut short by a kill
-    writer = MetricsWriter(tmp_path, 3, tensorboard=False)
+    writer = MetricsWriter(tmp_path, 3)
     writer.write(3, {"train/loss": 30.0})
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -29,7 +29,7 @@ def test_resumed_metrics_drop_what_will_be_written_again(tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
-    writer = MetricsWriter(tmp_path, 1, tensorboard=False)
+    writer = MetricsWriter(tmp_path, 1)
     writer.write(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/lr": 0.5})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == (

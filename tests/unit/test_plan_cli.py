@@ -69,6 +69,19 @@ def test_one_scheme_shows_what_is_special_about_it(config):
     assert "head_dense 0.125" in run(config, "model.family=encoder")
 
 
+def test_remedies_say_what_they_change(config):
+    from megadsl.theory.softcap import capped_variance, passed_gradient
+
+    assert "soft cap" not in run(config) and "QK-norm" not in run(config) and "z-loss" not in run(config)
+    capped = run(config, "model.attention_logit_softcap=1")
+    # dslm starts with scores of variance 1 behind its norms.
+    assert (f"soft cap 1: attention scores of variance 1 enter the softmax with {capped_variance(1.0, 1.0):.4g}, and "
+            f"{passed_gradient(1.0, 1.0):.4g} of a gradient's variance") in capped
+    assert "dslm, QK-norm: attention scores have variance 1" in run(config, "model.qk_layernorm=true")
+    # ln 32,000 + 1/2 = 10.87
+    assert "z-loss 0.0001: logsumexp of the logits starts near 10.9, which adds 0.0118 to the loss" in run(config, "task.z_loss=1e-4")
+
+
 def test_an_encoder_reads_masked_text(config):
     shape = ("model.family=encoder", "model.position_embedding_type=none", "--json")
     often, seldom = (SignalPlan.from_json(run(config, f"task.masking_probability={share}", *shape)) for share in (0.5, 0.01))

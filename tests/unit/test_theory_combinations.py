@@ -23,6 +23,7 @@ PARTS = {
     "num_query_groups": (1, 2, 4), "qk_layernorm": (False, True), "embedding_layernorm": (False, True),
     "hidden_dropout": (0.0, 0.1, 0.3), "attention_dropout": (0.0, 0.1), "num_tokentypes": (0, 1, 2),
     "untie_embeddings_and_output_weights": (False, True), "decoder_seq_length": (None, 24), "kv_channels": (None, 32),
+    "attention_logit_softcap": (0.0, 0.0, 0.0, 1.0),
 }
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from gpu_checks.machine import ROOT, Failed, Machine, Row
 
+from megadsl.monitor.device_peak import peak_tflops
+
 FAMILIES = {
     "decoder": {"task": {"reset_attention_mask": True}},  # packed documents: flex_attention in 16 bits, a dense mask in fp32
     "encoder": {"model": {"family": "encoder", "norm_position": "post", "num_tokentypes": 2, "embedding_layernorm": True},
@@ -21,8 +23,6 @@ FAMILIES = {
     "encoder_decoder": {"model": {"family": "encoder_decoder", "position_embedding_type": "relative"}},
 }
 FALLS_AFTER = 20  # steps
-# Dense 16-bit peaks of data sheets, TFLOP/s, by a part of the device's name.
-PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "A10G": 70.0, "4090": 165.0}
 
 
 def family(name: str, machine: Machine) -> Iterator[Row]:
@@ -221,7 +221,7 @@ def throughput(machine: Machine) -> Iterator[Row]:
 
 
 def mfu(machine: Machine, tflops: float) -> str:
-    peak = next((peak for part, peak in PEAKS.items() if part in machine.name), None)
+    peak = peak_tflops(machine.name, "bf16")
     return "" if peak is None else f", MFU {100 * tflops / peak:.1f} % of {peak:.0f}"
 
 

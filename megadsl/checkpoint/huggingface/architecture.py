@@ -48,7 +48,8 @@ class Architecture:
 
     def refusals(self, model: ModelConfig) -> Iterator[str]:
         """A sentence for every part of the model that the class has no place for, with what it has instead."""
-        has = {key: allowed for key, allowed in self.takes.items() if getattr(model, key) not in allowed}
+        takes = {"attention_logit_softcap": (0.0,), **self.takes}  # none of the classes caps scores
+        has = {key: allowed for key, allowed in takes.items() if getattr(model, key) not in allowed}
         if model.query_groups != model.num_attention_heads and not self.grouped_queries:
             has["num_query_groups"] = (model.num_attention_heads,)
         if model.head_dim * model.num_attention_heads != model.hidden_size and not self.free_head_size:

@@ -39,6 +39,7 @@ class MaskedLanguageModeling(LanguageTask):
     Options = MaskedOptions
     options: MaskedOptions
     families = ("encoder",)
+    loss_parts = (LossPart("masked_tokens", "nats per token"),)
     predicts_in_place = True
     evaluation_options = ("max_tokens", "pseudo_tokens")
 
@@ -55,7 +56,6 @@ class MaskedLanguageModeling(LanguageTask):
                 f"task.sentence_order tells two halves apart by token types, but model.num_tokentypes is {types}; set "
                 "model.num_tokentypes=2."
             )
-        self.loss_parts = (LossPart("masked_tokens", "nats per token"),)
         self.metric_names = ("masked_token_accuracy",)
         if options.sentence_order:
             self.loss_parts += (LossPart("sentence_order", "nats per sequence"),)

@@ -7,7 +7,16 @@ from pydantic import Field
 from megadsl.config.section import Section
 
 
-class PackedOptions(Section):
+class LanguageOptions(Section):
+    """Options of all of them."""
+
+    z_loss: float = Field(
+        0.0, ge=0, description="coefficient of logsumexp(logits)^2 for every predicted token, a part of the loss that keeps logits from "
+        "drifting (PaLM: 1e-4); 0: no such part"
+    )
+
+
+class PackedOptions(LanguageOptions):
     """Options of the tasks whose sequences hold several documents."""
 
     reset_position_ids: bool = Field(False, description="positions start again at every document of a sequence")
@@ -36,7 +45,7 @@ class MaskedOptions(PackedOptions):
     )
 
 
-class DenoisingOptions(Section):
+class DenoisingOptions(LanguageOptions):
     """Options of denoising."""
 
     corruption: Literal["span_corruption", "infilling"] = Field(

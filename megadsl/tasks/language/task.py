@@ -5,6 +5,7 @@ Shape letters: s sequence, b micro-batch, v vocabulary.
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -14,6 +15,7 @@ from megadsl.data.atomic_files import fingerprint, read_json
 from megadsl.data.dataset import MANIFEST, TOKENIZER, Window, load_dataset, require_tokens
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
+from megadsl.tasks.language.options import LanguageOptions
 from megadsl.tasks.task import Batch, EvaluationRequest, Extent, LossPart, Sum, Task
 from megadsl.theory.inputs import TokenStatistics, mixed, zipf
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from megadsl.inference.load import TrainedModel
     from megadsl.model.activations import Activations
-    from megadsl.tasks.language.samples import LanguageSplits, Objective
+    from megadsl.tasks.language.samples import LanguageSplits, Objective, Spread
 
 DEFAULT_VOCAB_SIZE = 32000
 
@@ -36,6 +38,8 @@ class LanguageTask(Task):
         filled_target: target tokens that every sample fills, where there are targets beside the input; the rest is padding.
     """
 
+    Options: ClassVar[type[LanguageOptions]] = LanguageOptions
+    options: LanguageOptions
     predicts_in_place: ClassVar[bool] = False
     filled_target: int | None = None
 
@@ -44,6 +48,8 @@ class LanguageTask(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        if self.options.z_loss:
+            self.loss_parts += (LossPart("z_loss", "for every token"),)
         if config.model.num_tokentypes and "tokentypes" not in self.inputs:
             raise UserError(f"model.num_tokentypes does not go with task.name {self.name}; set model.num_tokentypes=0.")
 
@@ -92,7 +98,7 @@ class LanguageTask(Task):
                 require_tokens(folder, manifest, split, self.window)
 
     def input_statistics(self) -> TokenStatistics:
-        return self.statistics_of_objective(self._corpus_statistics)
+        return replace(self.statistics_of_objective(self._corpus_statistics), z_loss=self.options.z_loss)
 
     @cached_property
     def _corpus_statistics(self) -> TokenStatistics:
@@ -129,13 +135,18 @@ class LanguageTask(Task):
         return ("labels", "loss_mask")
 
     def counts(self, batch: Batch) -> Sequence[float]:
-        return (float(batch["loss_mask"].sum()),)
+        # z-loss, where it is a part, has the tokens' count.
+        return (float(batch["loss_mask"].sum()),) * (2 if self.options.z_loss else 1)
 
     def loss(self, output: "Activations", targets: Batch) -> "Sequence[torch.Tensor]":
-        from megadsl.model.loss import token_losses
+        from megadsl.model.loss import token_losses, token_losses_and_log_normalizers
 
+        logits, labels, counted = output["logits"], targets["labels"], targets["loss_mask"]
         # Added in fp64: what is evaluated does not depend on how many samples a forward pass takes.
-        return ((token_losses(output["logits"], targets["labels"]) * targets["loss_mask"]).double().sum(),)
+        if not self.options.z_loss:
+            return ((token_losses(logits, labels) * counted).double().sum(),)
+        losses, normalizers = token_losses_and_log_normalizers(logits, labels)
+        return (losses * counted).double().sum(), self.options.z_loss * (normalizers.square() * counted).double().sum()
 
     def extent(self, batch: Batch) -> Extent:
         positions = len(batch["labels"]) * self.positions_per_sample
@@ -169,13 +180,27 @@ class LanguageTask(Task):
         """Sums of loss parts and metrics over windows of `tokens` that do not overlap, spread over all of them where
         request.max_tokens is less."""
         from megadsl.tasks.evaluation import evaluation_sums
+
+        samples = self._spread(tokens, -(-(request.max_tokens or tokens.size) // self.window.length))
+        return evaluation_sums(self, model, samples, request)
+
+    def evaluation_samples(self, request: EvaluationRequest, count: int) -> list[Batch]:
+        """Of the data that the model was trained on, where the request names none."""
+        self.check_pieces()
+        trained_on = self.config.data.datasets
+        data = request.data or (trained_on[0].path if trained_on else None)
+        samples = self._spread(self.evaluation_text(replace(request, data=data))[0], count)
+        return [samples[index] for index in range(len(samples))]
+
+    def _spread(self, tokens: "np.ndarray", count: int) -> "Spread":
+        """`count` windows of `tokens` that do not overlap, spread over all of them."""
         from megadsl.tasks.language.samples import Spread, StreamSamples
 
         length = self.window.length
         samples = StreamSamples(tokens, self.objective(), length)
         if not len(samples):
             raise UserError(f"The text has {tokens.size} tokens, but one sample of this model is made from {length}; give more text.")
-        return evaluation_sums(self, model, Spread(samples, -(-(request.max_tokens or tokens.size) // length)), request)
+        return Spread(samples, count)
 
     def describe_samples(self, split: str, count: int) -> Sequence:
         from megadsl.tasks.language.show import describe_samples

@@ -146,6 +146,8 @@ def _attention(a: Arguments, x: torch.Tensor, memory: torch.Tensor, generator: t
     query = project(x, heads, a.query_std)
     key, value = (project(memory, groups, std).repeat_interleave(heads // groups, 1) for std in (a.key_std, a.value_std))
     scores = query @ key.transpose(-1, -2) / math.sqrt(size)
+    if a.attention_softcap:
+        scores = a.attention_softcap * torch.tanh(scores / a.attention_softcap)
     if a.mask == "causal" and memory is x:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     mixed = (_dropout(scores.softmax(-1), a.attention_dropout, generator) @ value).transpose(1, 2).flatten(2)

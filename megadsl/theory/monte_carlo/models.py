@@ -180,6 +180,8 @@ class _Draw:
         if shape.rotary_base is not None and not cross:
             query, key = _rotated(query, shape.rotary_base), _rotated(key, shape.rotary_base)
         scores = query @ key.repeat_interleave(repeat, 1).transpose(-1, -2) / math.sqrt(c)
+        if shape.attention_softcap:
+            scores = shape.attention_softcap * torch.tanh(scores / shape.attention_softcap)
         if causal:
             scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
         p = scores.softmax(-1)
