@@ -282,3 +282,30 @@ def test_queries_and_keys_scaled_up_during_the_run(server, small_data, tmp_path)
     assert "went back to iteration 20; " in said and "done at iteration 60" in said and said.count("went back") == 1
     rows = [json.loads(line) for line in (tmp_path / "signal.jsonl").read_text().splitlines()[1:]]
     assert [row["iteration"] for row in rows] == [0, 10, 20, 30, 40, 50]
+
+
+def go_back_to_weights_alone(config: Config) -> tuple:
+    """Train, then load the last checkpoint as one that has no optimizer state: Adam's steps before and after, moments that are left."""
+    from megadsl.checkpoint.weights import TensorReader
+    from megadsl.training import loop
+
+    found = []
+
+    class Reloading(loop.Run):
+        def _run(self) -> None:
+            super()._run()
+            state, checkpoint = self.engine.state, self.store.latest()
+            found.append(state.steps())
+            with TensorReader(checkpoint.path, checkpoint.manifest) as reader:
+                state.load(reader, None, {})
+            found.extend((state.steps(), any(tensor.any() for _, _, tensor in state.tensors(("exp_avg", "exp_avg_sq")))))
+
+    loop.Run = Reloading
+    run(config, range(0))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_going_back_to_a_checkpoint_without_optimizer_state_forgets_the_moments(server, small_data, tmp_path, zero):
+    config = configured(small_data, tmp_path, {}, iterations=3, layout={"zero_stage": zero})
+    assert server.run(1, go_back_to_weights_alone, config)[0] == (3, 0, False)
