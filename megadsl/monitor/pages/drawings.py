@@ -18,11 +18,12 @@ from megadsl.theory.figures import COLOURS
 _INK = "#123456"  # replaced by the colour of the page's text
 _SIZE = (5.4, 3.2)
 _MOST_POINTS = 600
+TEXT = -1
 
 
 @dataclass(frozen=True)
 class Curve:
-    """y over x. `style`: line; dots; dashes (what is predicted)."""
+    """y over x. `style`: line; dots; dashes (what is predicted). `colour`: a number, or TEXT for that of the page's text."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -42,7 +43,7 @@ def lines(name: str, curves: Mapping[str, Curve], xlabel: str, ylabel: str = "",
                 "dashes": {"linewidth": 1.3, "linestyle": (0, (4, 2))}}[curve.style]
         if curve.style == "line" and np.isfinite(y).sum() == 1:
             look = {"linestyle": "", "marker": "o", "markersize": 4.0}  # a single value has no line
-        axis.plot(x, y, color=COLOURS[curve.colour % len(COLOURS)], label=_plain(label), **look)
+        axis.plot(x, y, color=COLOURS[curve.colour % len(COLOURS)] if curve.colour >= 0 else _INK, label=_plain(label), **look)
     values = [np.asarray(curve.y, float) for curve in curves.values()]
     _scale(axis, np.concatenate([array[np.isfinite(array)] for array in values]) if values else np.empty(0), log)
     if log_x:
