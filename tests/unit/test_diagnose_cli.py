@@ -13,24 +13,33 @@ from megadsl.errors import UserError
 
 
 @pytest.fixture
-def diagnose(tmp_path):
-    """Call the verb in this process; its own process group and launch variables are gone afterwards."""
+def verb():
+    """Call a verb in this process; its process group and launch variables are gone afterwards."""
     before = dict(os.environ)
 
-    def call(*arguments) -> dict:
+    def call(*arguments) -> str:
         from megadsl.parallel.groups import destroy_groups
 
-        output = tmp_path / "out" / "diagnosis.html"
         try:
-            words = ["diagnose", *map(str, arguments), "--device", "cpu", "--output", str(output)]
-            result = CliRunner().invoke(app, words, catch_exceptions=False)
+            result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
         finally:
             destroy_groups()
             os.environ.clear()
             os.environ.update(before)
         assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return call
+
+
+@pytest.fixture
+def diagnose(verb, tmp_path):
+    """The numbers of a diagnosis, and what was "printed"."""
+    def call(*arguments) -> dict:
+        output = tmp_path / "out" / "diagnosis.html"
+        printed = verb("diagnose", *arguments, "--device", "cpu", "--output", output)
         assert output.stat().st_size > 50_000
-        return json.loads(output.with_suffix(".json").read_text()) | {"printed": result.stdout}
+        return json.loads(output.with_suffix(".json").read_text()) | {"printed": printed}
 
     return call
 
@@ -99,3 +108,13 @@ def test_bad_input_is_a_sentence(diagnose, trained_runs, small_data, tmp_path):
     assert "give more text" in refused(trained_runs["dslm"], "--data", tmp_path / "short.txt")
     with pytest.raises(UserError, match="must end in .html"):
         CliRunner().invoke(app, ["diagnose", str(trained_runs["dslm"]), "--output", str(tmp_path / "a.pdf")], catch_exceptions=False)
+
+
+def test_evaluation_and_sample_come_into_the_report(verb, trained_runs, small_data, tmp_path):
+    run = shutil.copytree(trained_runs["dslm"], tmp_path / "run")
+    verb("evaluate", run, "--data", small_data.dataset, "--max-tokens", 200, "--output", run / "evaluation.json")
+    written = verb("generate", run, "--prompt", "def ", "--max-new-tokens", 4, "--output", run / "sample.txt")
+    verb("report", run)
+    assert (run / "sample.txt").read_text() == written and "perplexity" in json.loads((run / "evaluation.json").read_text())
+    page = (run / "report.html").read_text()
+    assert "<dt>perplexity</dt>" in page and "<h3>Sample</h3>" in page and "There is no" not in page.partition("Evaluation and a sample</h2>")[2]

@@ -196,9 +196,12 @@ def test_a_thousand_layers_are_sampled():
     assert [skip.first for skip in few if skip.count == 1] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("scheme, norm_position", [("dslm", "pre"), ("vanilla", "pre"), ("xavier", "pre"), ("dslm", "post"), ("deepnorm", "post")])
-def test_an_untrained_model_is_nearest_to_its_own_plan(scheme, norm_position, small_data, make_stack, tmp_path):
-    model = {"num_layers": 12, "hidden_size": 64, "norm_position": norm_position}
+@pytest.mark.parametrize("scheme, norm_position, family", [
+    ("dslm", "pre", "decoder"), ("vanilla", "pre", "decoder"), ("xavier", "pre", "decoder"), ("dslm", "post", "decoder"),
+    ("deepnorm", "post", "decoder"), ("dslm", "pre", "encoder"), ("xavier", "post", "encoder"), ("dslm", "pre", "encoder_decoder"),
+])
+def test_an_untrained_model_is_nearest_to_its_own_plan(scheme, norm_position, family, small_data, make_stack, tmp_path):
+    model = {"num_layers": 12, "hidden_size": 64, "norm_position": norm_position, "family": family}
     config = small_data.config(tmp_path, scheme={"name": scheme}, model=model)
     stack, plan = make_stack(config)
     values = observed(stack, plan, samples_of(stack, config, 16)).values()
@@ -206,9 +209,10 @@ def test_an_untrained_model_is_nearest_to_its_own_plan(scheme, norm_position, sm
     fits = fit_plans(plans, forward, gradient)
     # Two recipes of DeepScaleLM that differ in their weights alone have all but the same profile in Post-LN.
     alike = {"dslm", "dslm_paper"} if (scheme, norm_position) == ("dslm", "post") else {scheme}
-    assert fits[0].scheme in alike and not fits[0].folded and fits[0].error < 0.3, fits
+    # Where the gradient falls from layer to layer (xavier Post-LN) one draw of the weights is farther from the mean that a plan is.
+    largest = 0.7 if (scheme, norm_position) == ("xavier", "post") else 0.3
     own = next(fit for fit in fits if (fit.scheme, fit.folded) == (scheme, False))
-    assert own.error < 0.3
+    assert fits[0].scheme in alike and not fits[0].folded and own.error < largest, fits
 
 
 def test_a_folded_model_is_nearest_to_its_folded_plan(small_data, make_stack, tmp_path):

@@ -57,6 +57,8 @@ def test_figures_take_whatever_a_run_has():
     negative = lines("negative", {"a": Curve([0, 1], [-1.0, 1.0])}, "x", log=None)
     empty = heat_map("empty", np.full((2, 3), np.nan), "x", "y", log=True)
     long = lines("long", {"a": Curve(np.arange(100_000), np.random.default_rng(0).random(100_000))}, "x")
+    dollars = lines("dollars", {"$a_{$": Curve([0, 1], [1, 2]), "_b": Curve([0, 1], [2, 1])}, "$x$", "a\\$")
+    assert "$a_{$" in dollars.svg and "_b" in dollars.svg and "$x$" in dollars.svg
     assert all("<svg" in one.svg for one in (nothing, missing, negative, empty)) and len(long.svg) < 60_000
 
 

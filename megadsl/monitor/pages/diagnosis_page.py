@@ -6,7 +6,7 @@ import time
 import numpy as np
 
 from megadsl.monitor.diagnosis.result import Diagnosis, Skip
-from megadsl.monitor.pages.drawings import Curve, bars, heat_map, lines
+from megadsl.monitor.pages.drawings import TEXT, Curve, bars, heat_map, lines
 from megadsl.monitor.pages.page import Drawing, Page
 from megadsl.monitor.pages.signal_parts import DEPTH, agreement_table, point_label, profiles, worst_table
 from megadsl.schemes.plan import SignalPlan
@@ -152,7 +152,7 @@ def _fits(page: Page, found: Diagnosis) -> None:
     for quantity, expected in found.nearest.items():
         measured, label = found.signal.values[quantity][:-1], quantity.replace("_", " ")
         depth = np.arange(len(expected))
-        curves = {f"plan {found.fits[0].name}": Curve(depth, expected, "dashes", 5), "measured": Curve(depth, measured)}
+        curves = {f"plan {found.fits[0].name}": Curve(depth, expected, "dashes", TEXT), "measured": Curve(depth, measured)}
         drawings.append(lines(f"{label}, measured and nearest plan", curves, DEPTH, label))
     page.figures(drawings)
     page.table(["plan", "both", "second moment", "its shape", "gradient variance"],

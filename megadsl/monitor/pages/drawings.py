@@ -18,11 +18,12 @@ from megadsl.theory.figures import COLOURS
 _INK = "#123456"  # replaced by the colour of the page's text
 _SIZE = (5.4, 3.2)
 _MOST_POINTS = 600
+TEXT = -1
 
 
 @dataclass(frozen=True)
 class Curve:
-    """y over x. `style`: line; dots; dashes (what is predicted)."""
+    """y over x. `style`: line; dots; dashes (what is predicted). `colour`: a number, or TEXT for that of the page's text."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -42,15 +43,15 @@ def lines(name: str, curves: Mapping[str, Curve], xlabel: str, ylabel: str = "",
                 "dashes": {"linewidth": 1.3, "linestyle": (0, (4, 2))}}[curve.style]
         if curve.style == "line" and np.isfinite(y).sum() == 1:
             look = {"linestyle": "", "marker": "o", "markersize": 4.0}  # a single value has no line
-        axis.plot(x, y, color=COLOURS[curve.colour % len(COLOURS)], label=label, **look)
+        axis.plot(x, y, color=COLOURS[curve.colour % len(COLOURS)] if curve.colour >= 0 else _INK, label=_plain(label), **look)
     values = [np.asarray(curve.y, float) for curve in curves.values()]
     _scale(axis, np.concatenate([array[np.isfinite(array)] for array in values]) if values else np.empty(0), log)
     if log_x:
         axis.set_xscale("log")
     elif max((max(curve.x, default=0.0) for curve in curves.values()), default=0.0) >= 1e4:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    axis.set_xlabel(_plain(xlabel))
+    axis.set_ylabel(_plain(ylabel))
     if len(curves) > 1:
         figure.legend(loc="outside lower center", ncols=min(len(curves), 3), frameon=False, fontsize=8, labelcolor=_INK)
     return Drawing(_svg(figure), name, caption or name)
@@ -61,8 +62,8 @@ def bars(name: str, x: Sequence[float], values: Sequence[float], xlabel: str, yl
     figure, axis = _axes()
     axis.bar(x, values, width=width, color=COLOURS[0])
     axis.axhline(0.0, color=_INK, linewidth=0.6)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    axis.set_xlabel(_plain(xlabel))
+    axis.set_ylabel(_plain(ylabel))
     return Drawing(_svg(figure), name, caption or name)
 
 
@@ -86,8 +87,8 @@ def heat_map(name: str, values: np.ndarray, xlabel: str, ylabel: str, log: bool 
     colours.ax.tick_params(colors=_INK, which="both", labelsize=8)
     colours.outline.set_visible(False)
     axis.grid(visible=False)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    axis.set_xlabel(_plain(xlabel))
+    axis.set_ylabel(_plain(ylabel))
     return Drawing(_svg(figure), name, caption or name)
 
 
@@ -110,6 +111,11 @@ def _axes():
     for spine in axis.spines.values():
         spine.set_color(_INK)
     return figure, axis
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes as it is: no formula between dollars, and no name that a legend leaves out."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _scale(axis, values: np.ndarray, log: bool | None) -> None:

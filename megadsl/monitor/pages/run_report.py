@@ -7,7 +7,7 @@ import time
 import numpy as np
 import yaml
 
-from megadsl.monitor.pages.drawings import Curve, lines
+from megadsl.monitor.pages.drawings import TEXT, Curve, lines
 from megadsl.monitor.pages.page import Drawing, Page
 from megadsl.monitor.pages.run_data import RunData
 from megadsl.monitor.pages.signal_parts import DEPTH, agreement_table, maps, profiles, worst_table
@@ -115,7 +115,7 @@ def _plan_alone(plan: SignalPlan | None) -> list[Drawing]:
     for quantity in ("forward_second_moment", "token_correlation", "gradient_variance"):
         values = predicted(plan, quantity)
         name = quantity.replace("_", " ")
-        drawings.append(lines(f"{name}, planned", {"plan": Curve(np.arange(len(values)), values, "dashes", 5)},
+        drawings.append(lines(f"{name}, planned", {"plan": Curve(np.arange(len(values)), values, "dashes", TEXT)},
                               DEPTH, name, False if quantity == "token_correlation" else None))
     return drawings
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from megadsl.monitor.pages.drawings import Curve, heat_map, lines
+from megadsl.monitor.pages.drawings import TEXT, Curve, heat_map, lines
 from megadsl.monitor.pages.page import Drawing, Page
 from megadsl.monitor.signal import PREDICTED, QUANTITIES, Point, SignalHistory, SignalRecord, predicted
 from megadsl.schemes.plan import SignalPlan
@@ -51,7 +51,7 @@ def profiles(plan: SignalPlan | None, records: Mapping[str, SignalRecord]) -> li
     for quantity, meaning in QUANTITIES.items():
         curves = {}
         if plan is not None and (expected := predicted(plan, quantity)) is not None:
-            curves["plan"] = Curve(np.arange(len(expected)), expected, "dashes", 5)
+            curves["plan"] = Curve(np.arange(len(expected)), expected, "dashes", TEXT)
         for index, (label, record) in enumerate(records.items()):
             values = record.values.get(quantity)
             if values is not None and (known := np.isfinite(values)).any():
