@@ -66,7 +66,7 @@ def small_data(tmp_path_factory) -> SmallData:
 @pytest.fixture(scope="session")
 def trained_runs(small_data, tmp_path_factory) -> dict[str, Path]:
     """Two real runs of 12 iterations, by scheme; a test that changes one copies it first."""
-    from ranks import run_ranks
+    from ranks import run_ranks, train_each
 
     folder = tmp_path_factory.mktemp("runs")
     configs = [small_data.config(folder / scheme, scheme={"name": scheme}, training={"train_iters": 12, "eval_interval": 4},
@@ -74,15 +74,6 @@ def trained_runs(small_data, tmp_path_factory) -> dict[str, Path]:
                for scheme in ("dslm", "vanilla")]
     run_ranks(1, train_each, configs)
     return {config.scheme.name: Path(config.training.run_dir) for config in configs}
-
-
-def train_each(configs: list[Config]) -> None:
-    """Train one after the other, on one rank."""
-    from megadsl.tasks.registry import resolved
-    from megadsl.training.loop import train
-
-    for config in configs:
-        train(resolved(config))
 
 
 @pytest.fixture(scope="module")

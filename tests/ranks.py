@@ -80,6 +80,15 @@ def _result(path: Path) -> tuple[bool, object]:
     return pickle.loads(path.read_bytes()) if path.exists() else (False, f"rank {path.stem} ended without a result")
 
 
+def train_each(configs: list) -> None:
+    """Train one after the other, on one rank."""
+    from megadsl.tasks.registry import resolved
+    from megadsl.training.loop import train
+
+    for config in configs:
+        train(resolved(config))
+
+
 class ForkServer:
     """Processes that start in milliseconds: forked from one that has torch, DeepSpeed and Megatron imported.
 

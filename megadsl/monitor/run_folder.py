@@ -30,7 +30,7 @@ def progress_line(run_dir: Path) -> str:
     if (loss := latest(metrics, "train/loss")) is not None:
         words.append(f"loss {loss:.4f}")
     if (rate := latest(metrics, "throughput/tokens_per_second")) is not None:
-        words.append(f"{rate:,.0f} tokens/s, padding not counted")
+        words.append(f"{rate:,.0f} tokens/s")
     if (seconds := latest(metrics, "throughput/seconds_per_iteration")) is not None:
         words.append(f"ETA {duration(seconds * (total - iteration))}")
     return " | ".join(words)

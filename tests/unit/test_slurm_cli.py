@@ -61,7 +61,7 @@ def test_status_says_which_tokens_and_the_time_left_of_the_log(tmp_path, small_d
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 21, "train/lo')
     job, run = CliRunner().invoke(app, ["status", str(tmp_path)]).stdout.splitlines()
     assert "restarts 2; nodes n[0-1]" in job
-    assert run == "iteration 20/500 | loss 3.2500 | 12,346 tokens/s, padding not counted | ETA 1:00:00"
+    assert run == "iteration 20/500 | loss 3.2500 | 12,346 tokens/s | ETA 1:00:00"
     assert "ETA 1:00:00" in record.text()
     (tmp_path / "metrics.jsonl").write_text("")
     assert CliRunner().invoke(app, ["status", str(tmp_path)]).stdout.splitlines()[1] == "no iteration is recorded yet"
