@@ -121,7 +121,7 @@ class PictureMaker:
         figure, axis = _figure(below=0.14)
         timeline = self._timelines[quantity]
         values, edges = pooled_rows(timeline.values, _ROWS), timeline.edges
-        depths = np.linspace(-0.5, len(self.points) - 0.5, len(values) + 1)
+        depths = np.minimum(np.arange(len(values) + 1) * -(-len(self.points) // _ROWS), len(self.points)) - 0.5
         if quantity in PREDICTED:
             largest = min(3.0, max(np.log10(2.0), float(np.nanmax(np.abs(np.where(np.isfinite(values), values, 0.0))))))
             colours = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest}
