@@ -145,4 +145,5 @@ def _record(row: dict) -> SignalRecord:
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    """Seven digits, which is what fp32 has: a record of 1000 layers holds tens of thousands of numbers."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
