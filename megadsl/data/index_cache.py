@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import megadsl.parallel.device  # noqa: F401  isort: skip  (before Megatron-core)
+
 import numpy as np
 from megatron.core.utils import log_single_rank
 

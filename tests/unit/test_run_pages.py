@@ -97,7 +97,9 @@ def test_tokens_and_time_grow_with_the_run(trained_runs):
 def test_comparison(trained_runs, tmp_path):
     copy = shutil.copytree(trained_runs["dslm"], tmp_path / "other" / "dslm")
     write_signal(copy, {0: 1.0, 12: 2.0})
-    runs = read_runs([trained_runs["dslm"], trained_runs["vanilla"], copy])
+    unmeasured = shutil.copytree(trained_runs["vanilla"], tmp_path / "vanilla")
+    (unmeasured / "signal.jsonl").unlink()
+    runs = read_runs([trained_runs["dslm"], unmeasured, copy])
     html = run_comparison(runs).html()
     assert len({run.label for run in runs}) == 3 and "other/dslm" in html
     for words in ("scheme.name", "&quot;dslm&quot;", "&quot;vanilla&quot;", "loss by tokens read", "loss by seconds of training", "No signal was measured in"):
