@@ -52,6 +52,6 @@ def _train_and_evaluate(config) -> float:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         evaluate(config.training.run_dir, data=config.data.datasets[0].path, split="validation", batch_tokens=512,
                  max_tokens=2000, pseudo_tokens=8 if config.model.family == "encoder" else None, tensor_parallel=1, device="cpu",
-                 as_json=True)
+                 output=None, as_json=True)
     found = json.loads(printed.getvalue())
     return found["masked_loss"] if config.model.family == "encoder" else found["loss"]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -53,6 +54,8 @@ def test_report_of_a_whole_run(run_dir):
     assert first.startswith('<tr><td class="text">forward second moment</td><td class="text">decoder.1.ffn</td>')
     assert first[:first.index("</tr>")].endswith(">7</td>")
     assert "Not there or not readable" not in html
+    starts = html[html.index("Starts and restarts"):html.index("Throughput</h2>")]
+    assert socket.gethostname() in starts and "there are none" not in starts
 
 
 def test_report_says_what_is_missing(run_dir):

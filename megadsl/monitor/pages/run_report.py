@@ -160,7 +160,7 @@ def _words(value: object) -> str:
 def _attempts(page: Page, run: RunData) -> None:
     page.section("Starts and restarts")
     # Every start of the training program opens one event file, named by its time.
-    names = [path.name.split(".") for path in (run.run_dir / "tensorboard").glob("events.out.tfevents.*")]
+    names = [path.name.split(".") for path in (run.run_dir / "tensorboard").rglob("events.out.tfevents.*")]
     starts = sorted({(int(name[3]), ".".join(name[4:-2])) for name in names if len(name) > 4 and name[3].isdigit()})
     if starts:
         page.table(["start", "at", "host"], [[number, _clock(seconds), host] for number, (seconds, host) in enumerate(starts, 1)])
