@@ -51,7 +51,6 @@ def trained(server, small_data, tmp_path_factory) -> Path:
 def _resume(config: Config, port: int, trained: Path) -> dict:
     """What one rank holds before and after loading, and what it read."""
     os.environ["MASTER_PORT"] = str(port)
-    from megadsl.model.definition import define_model
     from megadsl.parallel.device import prepare_device
     from megadsl.parallel.groups import destroy_groups, initialize_groups
     from megadsl.training.engine import Engine
@@ -61,8 +60,8 @@ def _resume(config: Config, port: int, trained: Path) -> dict:
     device = prepare_device("cpu")
     initialize_groups(ready.launch, ready.topology, device)
     coordinate = ready.topology.coordinate(ready.launch.rank)
-    definition = define_model(config, checkpoint.plan(), checkpoint.info.padded_vocab_size)
-    engine = Engine(config, definition, ready.topology, coordinate, device, initialize_weights=False)
+    engine = Engine(config, ready.task, checkpoint.plan(), ready.topology, coordinate, device,
+                    filled=checkpoint.manifest.tensor_files("weights"))
     before = [bool(tensor.isnan().all()) for _, _, tensor in engine.state.tensors(("weights",))]
     with TensorReader(checkpoint.path, checkpoint.manifest) as reader:
         engine.state.load(reader, checkpoint.info.optimizer_steps, {})
