@@ -60,15 +60,18 @@ def test_dslm_has_unit_variance_as_planned_and_vanilla_has_not(make_stack, small
     assert not has_unit_variance(vanilla.mean(axis=0))
 
 
-@pytest.mark.parametrize("name", ["encoder-192", "encoder-192-post", "encoder_decoder-96"])
-def test_other_families_have_the_planned_variance(small_data, one_process, name):
-    """The mean of six draws is within 10 % of the plan at every point, forward, as the run's own probes measure it at step 0."""
+@pytest.mark.parametrize("name, draws", [("encoder-192", 12), ("encoder-192-post", 6), ("encoder_decoder-96", 6)])
+def test_other_families_have_the_planned_variance(small_data, one_process, name, draws):
+    """The mean of some draws is within 10 % of the plan at every point, forward, as the run's own probes measure it at step 0.
+
+    Means of six draws of the Pre-LN encoder scatter by 13 % at width 64 (.88 to 1.02, the next six 1.03 to 1.14): it takes twelve.
+    """
     from megadsl.monitor.at_init import measure_at_init
     from megadsl.tasks.planning import plan_for_run
 
     config = load_config(CONFIGS / f"{name}.yaml", [f"tokenizer.model={small_data.tokenizer}", f"data.datasets=[{small_data.dataset}]"])
     plan = plan_for_run(config)
-    measured = measure_at_init(config, plan, len(SEEDS))
+    measured = measure_at_init(config, plan, draws)
     ratio = np.array([found.forward_variance / point.forward_variance
                       for found, point in zip(measured, (plan.embedding, *plan.sublayers), strict=True)])
     assert 0.9 <= ratio.min() and ratio.max() <= 1.1, (ratio.min(), ratio.max())
