@@ -102,14 +102,17 @@ def work(options: argparse.Namespace) -> None:
 def prepared(options: argparse.Namespace, zero: int, tensor: int):
     """(what makes the engine, a model that is not initialised, this rank's coordinate)."""
     from megadsl.config.load import parse_config
-    from megadsl.model.definition import define_model
     from megadsl.model.stack import SequentialModel
     from megadsl.parallel.device import prepare_device
     from megadsl.parallel.groups import initialize_groups
     from megadsl.parallel.launch import discover_launch
     from megadsl.parallel.topology import Topology
-    from megadsl.schemes.run import plan_for_run
+    from megadsl.tasks.language.causal import CausalLanguageModeling
+    from megadsl.tasks.planning import plan_for_run
     from megadsl.training.engine import Engine
+
+    class WithoutTokenizer(CausalLanguageModeling):
+        padded_output_size = VOCAB_SIZE
 
     launch = discover_launch()
     config = parse_config({
@@ -120,12 +123,13 @@ def prepared(options: argparse.Namespace, zero: int, tensor: int):
     topology = Topology(tensor, 1, launch.world_size // tensor)
     device, coordinate = prepare_device("cpu"), topology.coordinate(launch.rank)
     initialize_groups(launch, topology, device)
-    definition = define_model(config, plan_for_run(config), VOCAB_SIZE)
-    model = SequentialModel(definition.entries, definition.loss)
+    task, plan = WithoutTokenizer(config), plan_for_run(config)
+    model = SequentialModel(task.define_model(plan).entries)
+    names = {name for name, _ in model.canonical_parameters()}  # all of them come from the checkpoint
 
     def make_engine():
         with contextlib.redirect_stdout(io.StringIO()):
-            return Engine(config, definition, topology, coordinate, device, initialize_weights=False)
+            return Engine(config, task, plan, topology, coordinate, device, filled=names)
 
     return make_engine, model, coordinate
 
