@@ -275,8 +275,3 @@ def _values(sums: np.ndarray, largest: np.ndarray) -> dict[str, np.ndarray]:
             "attention_logit_max": np.where(np.isfinite(largest), largest, np.nan),
             "attention_entropy": ratio(entropy, queries), "dead_activations": ratio(dead, units), "angular_distance": ratio(angle, tokens),
         }
-
-
-def residual_connections(model: torch.nn.Module) -> list[ResidualConnection]:
-    """The residual additions of a model in forward order."""
-    return [module for module in model.modules() if isinstance(module, ResidualConnection)]

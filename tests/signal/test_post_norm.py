@@ -20,14 +20,14 @@ def test_stream_is_normalised_after_every_addition(family, make_stack):
     """Mean 0 and variance 1 of every token after every sublayer, whatever the branch puts out: norms in front would not do."""
     small = [*SHAPE, *(["model.num_decoder_layers=3", "model.decoder_seq_length=16"] if family == "encoder_decoder" else [])]
     stack, plan = make_stack(load_config(CONFIGS / f"{FAMILIES[family]}.yaml", small))
-    from megadsl.monitor.probes import residual_connections
+    from megadsl.model.residual import ResidualConnection
 
     seen = []
 
     def observe(module, arguments, add):
         return lambda *parts: seen.append(add(*parts)) or seen[-1]
 
-    additions = residual_connections(stack)
+    additions = [module for module in stack.modules() if isinstance(module, ResidualConnection)]
     assert len(additions) == len(plan.sublayers) == (15 if family == "encoder_decoder" else 6)
     for addition in additions:
         addition.register_forward_hook(observe)
