@@ -10,6 +10,7 @@ size, f FFN size.
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 BLOCK_BYTES = 32 << 20
@@ -28,23 +29,21 @@ class Rows:
 
     def __init__(self, measure: Callable[[list[int], tuple[torch.Tensor, ...], int], None], carry: int = 0):
         self._measure, self._carry = measure, carry
-        self._buffers: tuple[torch.Tensor, ...] = ()
-        self._shapes: list[torch.Size] = []
+        self._capacity = 0
+        self._shapes: tuple[torch.Size, ...] = ()
         self._places: list[int] = []
+        self._copies: list[tuple[torch.Tensor, ...]] = []
         self._carried = 0
 
     def add(self, place: int, *tensors: torch.Tensor) -> None:
-        """Copy the tensors of one place."""
-        shapes = [tensor.shape for tensor in tensors]
+        """Copy the tensors of one place: a pipeline's buffers are written again before the block is measured."""
+        shapes = tuple([tensor.shape for tensor in tensors])
         if shapes != self._shapes:
             self.flush()
             self._shapes = shapes
             size = sum(t.numel() * t.element_size() for t in tensors)
             self._capacity = self._carry + max(1, min(BLOCK_ROWS, BLOCK_BYTES // max(1, size)))
-            self._buffers = tuple(torch.empty((self._capacity, *t.shape), dtype=t.dtype, device=t.device) for t in tensors)
-        row = len(self._places)
-        for buffer, tensor in zip(self._buffers, tensors, strict=True):
-            buffer[row].copy_(tensor)
+        self._copies.append(tuple([tensor.clone() for tensor in tensors]))
         self._places.append(place)
         if len(self._places) == self._capacity:
             self._emit(self._carry)
@@ -55,12 +54,9 @@ class Rows:
 
     def _emit(self, carry: int) -> None:
         if len(self._places) > self._carried:
-            self._measure(self._places, tuple(buffer[:len(self._places)] for buffer in self._buffers), self._carried)
-        kept = self._places[len(self._places) - carry:] if carry else []
-        if kept:
-            for buffer in self._buffers:
-                buffer[:carry] = buffer[len(self._places) - carry:len(self._places)].clone()
-        self._places, self._carried = kept, len(kept)
+            self._measure(self._places, tuple(torch.stack(rows) for rows in zip(*self._copies, strict=True)), self._carried)
+        first = len(self._places) - carry
+        self._places, self._copies, self._carried = self._places[first:], self._copies[first:], carry
 
 
 def stream_sums(x: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +77,18 @@ def stream_sums(x: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tenso
     overlap = torch.linalg.vector_norm(total, dim=(1, 2)).square() - squares
     counts = torch.stack((lengths.sum() * h, (lengths * (lengths - 1)).sum() * h)).expand(r, 2)
     return torch.cat((torch.stack((squares, overlap, total.sum(dim=(1, 2))), dim=1), counts), dim=1).double(), norms
+
+
+def stream_means(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first result of `stream_sums`, added up, [p, 5] -> second moment, mean and token correlation, each [p]; NaN where there is none."""
+    square, overlap, total, count, pairs = sums.T
+    second = divided(square, count)
+    return second, divided(total, count), divided(divided(overlap, pairs), second)
+
+
+def divided(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """The quotients; NaN where the denominator is not positive."""
+    return np.divide(numerators, denominators, out=np.full(len(numerators), np.nan), where=denominators > 0)
 
 
 def angles(x: torch.Tensor, x_norms: torch.Tensor, y: torch.Tensor, y_norms: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -109,16 +117,21 @@ def attention_sums(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | 
     logits = torch.einsum("rqnd,rtnd->rnqt", query.float(), key) * scale
     if mask is not None:
         logits = logits + torch.where(seen, mask.float(), 0.0)
-    keys = seen.sum(dim=-1)
-    counted = (keys > 1).float()
-    hidden = logits.masked_fill(~seen, 0.0)
-    mean = hidden.sum(dim=-1) / keys.clamp(min=1)
-    variance = hidden.square().sum(dim=-1) / keys.clamp(min=1) - mean.square()
-    logits = logits.masked_fill(~seen, -torch.inf)
-    log_p = logits.log_softmax(dim=-1)
-    entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum(dim=-1) / keys.clamp(min=2).log()
+    variance, entropy, counted = logit_moments(logits, seen)
     sums = torch.stack(((variance * counted).sum(dim=(1, 2)), (entropy * counted).sum(dim=(1, 2)), (counted.sum() * n).expand(r)), dim=1)
-    return sums.double(), logits.amax(dim=(1, 2, 3))
+    return sums.double(), logits.masked_fill(~seen, -torch.inf).amax(dim=(1, 2, 3))
+
+
+def logit_moments(logits: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits [..., q, t], which keys a query sees [..., q, t] bool -> by query, [..., q]: the variance of its logits, the entropy of its
+    weights over the log of the number of keys seen, and 1 where it sees two keys or more (the others count for nothing)."""
+    keys = seen.sum(dim=-1)
+    visible = logits.masked_fill(~seen, 0.0)
+    mean = visible.sum(dim=-1) / keys.clamp(min=1)
+    variance = visible.square().sum(dim=-1) / keys.clamp(min=1) - mean.square()
+    log_p = logits.masked_fill(~seen, -torch.inf).log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum(dim=-1) / keys.clamp(min=2).log()
+    return variance, entropy, (keys > 1).float()
 
 
 def dead_sums(reached: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from megadsl.model.activations import Activations
 from megadsl.model.layer import Layer
 from megadsl.model.residual import ResidualConnection
 from megadsl.model.stack import LayerEntry
-from megadsl.monitor.moments import Rows, angles, attention_sums, dead_sums, stream_sums
+from megadsl.monitor.moments import Rows, angles, attention_sums, dead_sums, divided, stream_means, stream_sums
 from megadsl.monitor.signal import Point, SignalRecord
 from megadsl.parallel.groups import add_up_signal
 
@@ -55,6 +55,7 @@ class SignalProbes:
         self._layer_ends = self._ends()
         self._carry = {stack: max(count for index, count in self._layer_ends.items() if self._points[index].stack == stack)
                        for stack in self._stacks}  # rows that an angle looks back
+        self._hooks: list[tuple[Callable, Callable, dict]] | None = None
         self._handles: list = []
         self.recording = True  # False: hooks stay, and look away (micro-batches that are not measured)
         self._reset()
@@ -88,7 +89,13 @@ class SignalProbes:
         self._scale: dict[tuple[str, str], float] = {}
         self._run_again: set[int] = set()
         self._forward_in: set[Layer] = set()
-        self._borrowed: int | None = None
+        if self._hooks is None:
+            self._hooks, self._borrowed = [], None
+            self._prepare_hooks()
+        self._handles = [register(hook, **options) for register, hook, options in self._hooks]
+        return self
+
+    def _prepare_hooks(self) -> None:
         before = False  # whether what flows into the next layer is measured here
         for entry, module in self._calls:
             if isinstance(module, Layer):
@@ -98,10 +105,13 @@ class SignalProbes:
                 self._watch_layer(module, stack, int(number))
                 before = True
             elif entry.name == self._embedding:
-                self._handles.append(module.register_forward_hook(self._on_output(self._stacks[0], 0)))
+                self._hook(module.register_forward_hook, self._on_output(self._stacks[0], 0))
             elif entry.name == "final_norm":
-                self._handles.append(module.register_forward_hook(self._on_output(self._stacks[-1], len(self._points) - 1)))
-        return self
+                self._hook(module.register_forward_hook, self._on_output(self._stacks[-1], len(self._points) - 1))
+
+    def _hook(self, register: Callable, hook: Callable, **options) -> None:
+        """A hook that measured steps set: made once, since finding its module takes longer than setting it."""
+        self._hooks.append((register, hook, options))
 
     def __exit__(self, *exception) -> None:
         for handle in self._handles:
@@ -113,21 +123,25 @@ class SignalProbes:
 
     def _watch_layer(self, layer: Layer, stack: str, number: int) -> None:
         inner = layer.layer
-        # What runs within a call of the layer gives its output; what runs outside of one is a recomputation. (Grad mode would not
-        # tell them apart: Megatron-core enables it around every residual addition.)
-        self._handles.append(layer.register_forward_pre_hook(lambda module, arguments: self._forward_in.add(module)))
-        self._handles.append(layer.register_forward_hook(lambda module, arguments, output: self._forward_in.discard(module)))
+        if layer.recompute:
+            # What runs within a call of the layer gives its output; what runs outside of one is a recomputation. (Grad mode would not
+            # tell them apart: Megatron-core enables it around every residual addition.)
+            self._hook(layer.register_forward_pre_hook, lambda module, arguments: self._forward_in.add(module))
+            self._hook(layer.register_forward_hook, lambda module, arguments, output: self._forward_in.discard(module))
         for kind, name in _ADDITIONS.items():
             place = self._place.get((stack, number, kind))
             if place is None:
                 continue
             addition: ResidualConnection = getattr(inner, name)
-            self._handles.append(addition.register_forward_hook(self._around_addition(stack, place, layer)))
+            self._hook(addition.register_forward_hook, self._around_addition(stack, place, layer))
             if kind == "ffn":
-                self._handles.append(inner.mlp.linear_fc2.register_forward_pre_hook(self._on_units(stack, place, layer)))
+                self._hook(inner.mlp.linear_fc2.register_forward_pre_hook, self._on_units(stack, place, layer))
             else:
                 core = getattr(inner, kind).core_attention
-                self._handles.append(core.register_forward_pre_hook(self._on_attention((stack, kind), place, layer), with_kwargs=True))
+                self._hook(core.register_forward_pre_hook, self._on_attention((stack, kind), place, layer), with_kwargs=True)
+
+    def _is_forward(self, layer: Layer) -> bool:
+        return not layer.recompute or layer in self._forward_in
 
     def _watch_border(self, layer: Layer, stack: str, number: int) -> None:
         """The stage before measures what flows in; here the angle of the first layer needs it once more."""
@@ -138,13 +152,13 @@ class SignalProbes:
                 hidden = arguments[0].hidden.detach()[:, :self._sequences]
                 self._collect(("forward", stack), self._measure_stream, place, hidden, carry=self._carry[stack])
 
-        self._handles.append(layer.register_forward_pre_hook(hook))
+        self._hook(layer.register_forward_pre_hook, hook)
 
     def _around_addition(self, stack: str, place: int, layer: Layer) -> Callable:
         def wrap(module, arguments, add):
             def measured(branch_with_bias, residual, dropout):
                 added = add(branch_with_bias, residual, dropout)
-                return self._observe(stack, place, added, layer in self._forward_in, layer.recompute and layer.training)
+                return self._observe(stack, place, added, self._is_forward(layer), layer.recompute and layer.training)
 
             return measured
 
@@ -177,16 +191,15 @@ class SignalProbes:
 
     def _on_units(self, stack: str, place: int, layer: Layer) -> Callable:
         def hook(module, arguments) -> None:
-            if self.recording and layer in self._forward_in:
-                units = arguments[0].detach()[:, 0]  # [s, f]
-                stride = max(1, len(units) // TOKENS)
-                self._collect(("units", stack), self._measure_units, place, units[::stride].abs().amax(dim=0))
+            if self.recording and self._is_forward(layer):
+                units = arguments[0].detach()  # [s, b, f]
+                self._collect(("units", stack), self._measure_units, place, units[::max(1, units.size(0) // TOKENS), 0])
 
         return hook
 
     def _on_attention(self, kind: tuple[str, str], place: int, layer: Layer) -> Callable:
         def hook(module, arguments, named) -> None:
-            if not (self.recording and layer in self._forward_in):
+            if not (self.recording and self._is_forward(layer)):
                 return
             query, key, _, mask = arguments
             if query.size(0) < 2:
@@ -220,7 +233,7 @@ class SignalProbes:
         self._add(places, _GRADIENT, stream_sums(rows[0], self._real.get(stack))[0] * self._share)
 
     def _measure_units(self, stack: str, places: list[int], rows: tuple[torch.Tensor], carried: int) -> None:
-        self._add(places, _DEAD, dead_sums(rows[0].float()))
+        self._add(places, _DEAD, dead_sums(rows[0].abs().amax(dim=1).float()))
 
     def _measure_attention(self, kind: tuple[str, str], places: list[int], rows: tuple[torch.Tensor, torch.Tensor], carried: int) -> None:
         seen, mask = self._visible[kind]
@@ -256,22 +269,14 @@ def _visible(mask, queries: range, keys: int, causal: bool, device: torch.device
 
 
 def _values(sums: np.ndarray, largest: np.ndarray) -> dict[str, np.ndarray]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-            return np.where(bottom > 0, top / bottom, np.nan)
-
-        square, overlap, total, count, pairs = sums[:, _FORWARD:_GRADIENT].T
-        gradient, gradient_overlap, _, gradient_count, gradient_pairs = sums[:, _GRADIENT:_ATTENTION].T
-        second, gradient_variance = ratio(square, count), ratio(gradient, gradient_count)
-        variance, entropy, queries = sums[:, _ATTENTION:_DEAD].T
-        dead, units = sums[:, _DEAD:_ANGLE].T
-        angle, tokens = sums[:, _ANGLE:].T
-        return {
-            "forward_second_moment": second, "forward_mean": ratio(total, count),
-            "token_correlation": ratio(overlap, pairs) / second,
-            "gradient_variance": gradient_variance / gradient_variance[-1],
-            "gradient_correlation": np.where(gradient_variance > 0, ratio(gradient_overlap, gradient_pairs) / gradient_variance, np.nan),
-            "attention_logit_variance": ratio(variance, queries),
-            "attention_logit_max": np.where(np.isfinite(largest), largest, np.nan),
-            "attention_entropy": ratio(entropy, queries), "dead_activations": ratio(dead, units), "angular_distance": ratio(angle, tokens),
-        }
+    second, mean, correlation = stream_means(sums[:, _FORWARD:_GRADIENT])
+    gradient, _, gradient_correlation = stream_means(sums[:, _GRADIENT:_ATTENTION])
+    variance, entropy, queries = sums[:, _ATTENTION:_DEAD].T
+    dead, units = sums[:, _DEAD:_ANGLE].T
+    angle, tokens = sums[:, _ANGLE:].T
+    return {
+        "forward_second_moment": second, "forward_mean": mean, "token_correlation": correlation,
+        "gradient_variance": divided(gradient, np.full(len(gradient), gradient[-1])), "gradient_correlation": gradient_correlation,
+        "attention_logit_variance": divided(variance, queries), "attention_logit_max": np.where(np.isfinite(largest), largest, np.nan),
+        "attention_entropy": divided(entropy, queries), "dead_activations": divided(dead, units), "angular_distance": divided(angle, tokens),
+    }

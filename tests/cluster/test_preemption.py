@@ -57,7 +57,9 @@ def test_a_preempted_run_ends_where_an_undisturbed_one_does(cluster, project):
 
 def test_the_time_limit_and_then_scancel(cluster, project):
     """SLURM itself warns before the limit: saved and requeued. Cancelled by its user: saved, and not requeued."""
-    job = submit(cluster, project, "limited", LONG, "--time=1", "--signal=USR1@35")
+    # SLURM looks every 30 seconds and warns as soon as the next look would be too late: with 12, between 18 and 48 seconds after the
+    # start. With 35 the warning may come before there is a process to hear it.
+    job = submit(cluster, project, "limited", LONG, "--time=1", "--signal=USR1@12")
     cluster.wait_for_line(job, "is requeued and goes on", project, seconds=90)
     saved = checkpointed(project, "limited")
     assert len(saved) == 1

@@ -15,14 +15,13 @@ from megadsl.model.activations import Activations
 from megadsl.model.core_attention import ScaledDotProductAttention
 from megadsl.model.residual import ResidualConnection
 from megadsl.model.stack import WRAPPER_PREFIX, LayerEntry, SequentialModel
+from megadsl.monitor.moments import angles, dead_sums, divided, logit_moments, stream_means, stream_sums
 from megadsl.monitor.signal import Point
 
 # Name of a module within a layer -> kind of the sublayer that it belongs to.
 _ADDITIONS = {"self_attn_bda": "self_attention", "cross_attn_bda": "cross_attention", "mlp_bda": "ffn"}
 # Attention is looked at from so many queries of so many sequences of a batch: scores take s * t * n numbers.
 _QUERIES, _SEQUENCES = 128, 4
-# An FFN unit whose output stays below this share of the root mean square of all units is dead.
-_DEAD = 0.01
 
 
 class Observation:
@@ -34,12 +33,12 @@ class Observation:
         parameter = next(network.parameters())
         self._device = parameter.device
         count = len(points)
-        self._forward = torch.zeros(count, 4, device=self._device)   # sums of x^2, x, overlaps, positions, per coordinate
+        self._forward = torch.zeros(count, 5, dtype=torch.float64, device=self._device)  # see moments.stream_sums
         self._gradient = torch.zeros_like(self._forward)
-        self._angle = torch.zeros(count, 2, device=self._device)     # sums of angles, positions
+        self._angle = torch.zeros(count, 2, dtype=torch.float64, device=self._device)  # see moments.angles
         self._coordinates: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # point -> ([h] largest |x|, [h] sum of x^2)
         self._attention: dict[int, torch.Tensor] = {}                # point -> [n, 4]: variance, entropy, queries, largest
-        self._units: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # point -> ([f] largest |unit|, [2] sum of squares, count)
+        self._units: dict[int, torch.Tensor] = {}                    # point -> [f]: largest |unit|
         self._positions: torch.Tensor | None = None
         self._handles: list = []
 
@@ -84,21 +83,19 @@ class Observation:
 
     def values(self) -> dict[str, np.ndarray]:
         """By quantity of the signal, [p]; NaN where a point has none."""
-        forward, gradient = self._forward.double().cpu().numpy(), self._gradient.double().cpu().numpy()
-        moments, gradients = _means(forward), _means(gradient)
-        unit = gradients[self._index["final"], 0]
-        angle = self._angle.double().cpu().numpy()
+        second, mean, correlation = stream_means(self._forward.cpu().numpy())
+        gradient, _, gradient_correlation = stream_means(self._gradient.cpu().numpy())
+        angle, tokens = self._angle.cpu().numpy().T
         found = {
-            "forward_second_moment": moments[:, 0], "forward_mean": moments[:, 1], "token_correlation": _divided(moments[:, 2], moments[:, 0]),
-            "gradient_variance": _divided(gradients[:, 0], np.full(len(gradients), unit)),
-            "gradient_correlation": _divided(gradients[:, 2], gradients[:, 0]), "angular_distance": _divided(angle[:, 0], angle[:, 1]),
+            "forward_second_moment": second, "forward_mean": mean, "token_correlation": correlation,
+            "gradient_variance": divided(gradient, np.full(len(gradient), gradient[self._index["final"]])),
+            "gradient_correlation": gradient_correlation, "angular_distance": divided(angle, tokens),
         }
         for name, reduce in (("attention_logit_variance", lambda heads: float((heads[:, 0] / heads[:, 2]).mean())),
                              ("attention_logit_max", lambda heads: float(heads[:, 3].max())),
                              ("attention_entropy", lambda heads: float((heads[:, 1] / heads[:, 2]).mean()))):
             found[name] = self._at_points(self._attention, reduce)
-        found["dead_activations"] = self._at_points(
-            self._units, lambda units: float((units[0] < _DEAD * (units[1][0] / units[1][1]).sqrt()).float().mean()))
+        found["dead_activations"] = self._at_points(self._units, lambda largest: float(torch.divide(*dead_sums(largest[None])[0])))
         return found
 
     def heads(self) -> dict[str, dict[str, list[float]]]:
@@ -115,7 +112,7 @@ class Observation:
         largest, mean = np.full((2, len(self._index), width), math.nan)
         for index, (top, squares) in self._coordinates.items():
             largest[index] = top.float().cpu().numpy()
-            mean[index] = (squares / self._forward[index, 3]).sqrt().float().cpu().numpy()
+            mean[index] = (squares * width / self._forward[index, 3]).sqrt().float().cpu().numpy()
         return largest, mean
 
     def _at_points(self, sums: dict, reduce: Callable) -> np.ndarray:
@@ -141,7 +138,7 @@ class Observation:
             x = x * positions[..., None]
         else:
             positions = None
-        self._forward[index] += _sums(x, positions)
+        self._forward[index] += stream_sums(x[None], positions)[0][0]
         largest, squares = x.abs().amax(dim=(0, 1)), x.square().sum(dim=(0, 1))
         if index in self._coordinates:
             kept = self._coordinates[index]
@@ -151,27 +148,23 @@ class Observation:
             hidden.register_hook(lambda gradient: self._add_gradient(index, gradient, positions))
 
     def _add_gradient(self, index: int, gradient: torch.Tensor, positions: torch.Tensor | None) -> None:
-        gradient = gradient.float() if positions is None else gradient.float() * positions[..., None]
-        self._gradient[index] += _sums(gradient, positions)
+        self._gradient[index] += stream_sums(gradient.float()[None], positions)[0][0]
 
     @torch.no_grad()
     def _turned(self, entry: LayerEntry, before: torch.Tensor, after: torch.Tensor) -> None:
-        cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).clamp(-1.0, 1.0)
-        angle, positions = torch.arccos(cosine) / math.pi, self._positions
-        if positions is None or positions.shape != angle.shape:
-            positions = torch.ones_like(angle)
-        self._angle[self._index[f"{entry.name}.ffn"]] += torch.stack([(angle * positions).sum(), positions.sum()]).float()
+        before, after, positions = before.float()[None], after.float()[None], self._positions
+        norms = [torch.linalg.vector_norm(x, dim=-1) for x in (before, after)]
+        if positions is not None and positions.shape != norms[0].shape[1:]:
+            positions = None
+        self._angle[self._index[f"{entry.name}.ffn"]] += angles(before, norms[0], after, norms[1], positions)[0]
 
     def _before_fc2(self, index: int):
         def look(module, arguments):
             units = arguments[0].detach().float()
             if self._positions is not None and self._positions.shape == units.shape[:2]:
                 units = units * self._positions[..., None]
-            largest, squares = units.abs().amax(dim=(0, 1)), torch.stack([units.square().sum(), units.new_tensor(float(units.numel()))])
-            if index in self._units:
-                kept = self._units[index]
-                largest, squares = torch.maximum(largest, kept[0]), squares + kept[1]
-            self._units[index] = (largest, squares)
+            largest = units.abs().amax(dim=(0, 1))
+            self._units[index] = torch.maximum(largest, self._units.get(index, largest))
 
         return look
 
@@ -227,29 +220,7 @@ def _attention_sums(scores: torch.Tensor, real: torch.Tensor | None) -> torch.Te
     """[b, n, s, t] -> [n, 4]: sums over queries of the variance over the keys seen and of entropy / log(keys seen), how many queries
     that see two keys or more there were, and the largest logit. `real` [b, 1, s]: queries that are no padding; None: all."""
     seen = scores > -torch.inf
-    count = seen.sum(dim=-1)
-    logits = scores.masked_fill(~seen, 0.0)
-    mean = logits.sum(dim=-1) / count.clamp(min=1)
-    variance = ((logits - mean[..., None]).square() * seen).sum(dim=-1) / count.clamp(min=1)
-    entropy = -torch.special.xlogy(weights := torch.softmax(scores, dim=-1), weights).sum(dim=-1) / count.clamp(min=2).log()
-    counted = (count > 1 if real is None else (count > 1) & real).expand_as(variance).float()
+    variance, entropy, counted = logit_moments(scores, seen)
+    counted = (counted if real is None else counted * real).expand_as(variance)
     largest = (scores if real is None else scores.masked_fill(~real[..., None], -torch.inf)).amax(dim=(0, 2, 3))
     return torch.stack([(variance * counted).sum(dim=(0, 2)), (entropy * counted).sum(dim=(0, 2)), counted.sum(dim=(0, 2)), largest], dim=1)
-
-
-def _sums(x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """x [s, b, h], 0 where a position is padding -> sums over positions, per coordinate, of x^2, x, the mean overlap with the other
-    positions of the sequence, and 1."""
-    s, b, h = x.shape
-    real = x.new_full((b,), float(s)) if positions is None else positions.sum(dim=0)
-    square = x.square().sum(dim=(0, 2))
-    overlap = (x.sum(dim=0).square().sum(dim=-1) - square) / (real - 1).clamp(min=1)
-    return torch.stack([square.sum() / h, x.sum() / h, overlap.sum() / h, real.sum()])
-
-
-def _means(sums: np.ndarray) -> np.ndarray:
-    return sums[:, :3] / np.where(sums[:, 3:] > 0, sums[:, 3:], math.nan)
-
-
-def _divided(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-    return np.divide(numerators, denominators, out=np.full(len(numerators), math.nan), where=denominators > 0)
