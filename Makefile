@@ -24,8 +24,10 @@ train: install
 	$(BIN)/megadsl report $(RUN)
 	@echo "Done. Report: $(RUN)/report.html | TensorBoard: $(BIN)/tensorboard --logdir $(RUN)/tensorboard | checkpoint: $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest) | plan: $(RUN)/plan.json, $(RUN)/plan.png"
 
+# Tests of one process run side by side; those that start processes of their own, or watch a clock, have the machine to themselves.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit tests/repo --numprocesses $$(nproc) --dist loadfile
+	$(BIN)/python -m pytest tests/signal tests/dist tests/cluster tests/browser
 
 install: $(VENV)/.installed
 

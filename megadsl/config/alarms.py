@@ -109,3 +109,8 @@ class AlarmsConfig(Section):
         if self.min_steps > self.window:
             raise ValueError(f"min_steps {self.min_steps} is more than window {self.window}: no spike would ever be one")
         return self
+
+    @property
+    def actions(self) -> dict[str, str]:
+        """By alarm, what follows from it."""
+        return {name: value.action for name, value in self if isinstance(value, Section)}

@@ -154,10 +154,7 @@ class StepAlarms:
         self._options = options
         self._losses = SpikeWindow(options.window, options.min_steps, state.get("losses", ()))
         self._log_norms = SpikeWindow(options.window, options.min_steps, state.get("log_gradient_norms", ()))
-        self._episodes = Episodes({
-            "loss_spike": options.loss_spike.action, "gradient_norm_spike": options.gradient_norm_spike.action,
-            "divergence": options.divergence.action,
-        }, state.get("episodes"))
+        self._episodes = Episodes(options.actions, state.get("episodes"))
 
     def state(self) -> dict:
         """What a checkpoint keeps: the windows and the episodes, some hundred numbers."""

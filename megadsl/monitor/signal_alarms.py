@@ -30,12 +30,7 @@ class SignalAlarms:
         # Layers with a trained gate begin unused (ReZero, LayerScale): they are judged once they have been in use.
         self._judged = np.array([(point.stack, point.layer) not in gates for point in points])
         self._first: np.ndarray | None = None
-        self._episodes = Episodes({
-            "variance_drift": options.variance_drift.action, "gradient_ratio": options.gradient_ratio.action,
-            "entropy_collapse": options.entropy_collapse.action, "logit_growth": options.logit_growth.action,
-            "dead_activations": options.dead_activations.action, "unused_layers": options.unused_layers.action,
-            "update_ratio": options.update_ratio.action,
-        })
+        self._episodes = Episodes(options.actions)
 
     def observe(self, record: SignalRecord) -> list[Alarm]:
         """The alarms that a record raises; records come in the order of their iterations."""

@@ -45,11 +45,9 @@ class Recovery:
         if is_main and info is None:
             (run_dir / _ROLLBACKS).unlink(missing_ok=True)  # of another run, whose checkpoints are gone
         self._raised: list[Alarm] = []
-        late = (options.divergence, options.variance_drift, options.gradient_ratio, options.entropy_collapse, options.logit_growth,
-                options.dead_activations, options.unused_layers, options.update_ratio)
-        on_steps = {options.loss_spike.action, options.gradient_norm_spike.action}
-        self._acts = bool({"rollback", "stop"} & (on_steps | {one.action for one in late}))
-        self.refuses = self._refuses if "skip" in on_steps else None
+        actions = set(options.actions.values())
+        self._acts = bool({"rollback", "stop"} & actions)
+        self.refuses = self._refuses if "skip" in actions else None
         self._begin(info)
 
     def _begin(self, info: CheckpointInfo | None) -> None:
