@@ -16,6 +16,9 @@ TASKS = {
     "causal_language_modeling": "megadsl.tasks.language.causal:CausalLanguageModeling",
     "masked_language_modeling": "megadsl.tasks.language.masked:MaskedLanguageModeling",
     "denoising": "megadsl.tasks.language.denoising:Denoising",
+    "text_classification": "megadsl.tasks.text.classification:TextClassification",
+    "multiple_choice": "megadsl.tasks.text.multiple_choice:MultipleChoice",
+    "question_answering": "megadsl.tasks.text.question_answering:QuestionAnswering",
 }
 GROUP = "megadsl.tasks"
 # What a model of a family learns where task.name does not say.
