@@ -36,7 +36,7 @@ def configured(small_data, data: Path, task: str, run_dir: Path, layout=REFERENC
     options = {"question_answering": {"doc_stride": 12, "max_query_length": 8}}.get(task, {})
     model = {"family": "encoder", "num_layers": 4, "num_tokentypes": 2, **sections.pop("model", {})}
     return small_data.config(
-        run_dir, model=model, task={"name": task, **options}, data={"datasets": [str(data)]}, optimizer={"lr": 1e-3}, training={"train_iters": 12},
+        run_dir, model=model, task={"name": task, **options}, data={"datasets": [str(data)]}, optimizer={"lr": 5e-4, "adam_eps": 1e-6}, training={"train_iters": 12},
         parallel={"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "zero_stage": zero}, **sections)
 
 
