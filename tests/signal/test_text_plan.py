@@ -86,4 +86,4 @@ def test_what_the_plan_would_be_without_the_length_and_the_position(small_data, 
     assert mean.sublayers[0].gradient_variance > 4 * own.sublayers[0].gradient_variance
     decoder = task_of(configured(small_data, lines, "decoder pre, last token"))
     anywhere, last = plan(decoder, gradient_position=None), plan(decoder)
-    assert abs(anywhere.sublayers[0].gradient_variance / last.sublayers[0].gradient_variance - 1.0) > 0.2
+    assert abs(anywhere.sublayers[0].gradient_variance / last.sublayers[0].gradient_variance - 1.0) > 0.03
