@@ -66,7 +66,7 @@ def prepared(name: str, source: Path, tokenizer: Path, output: Path, **settings)
     given = {"validation": None, "test": None, "skip_bad_rows": False}
     own = {"text_classification": {"layout": "auto", "text": [], "label": None, "labels": "", "value": False},
            "multiple_choice": {"options": None}, "question_answering": {}}[name]
-    KINDS[name](source, tokenizer, output, **given, **own, **settings)
+    KINDS[name](source, tokenizer, output, **given | own | settings)
     return output
 
 

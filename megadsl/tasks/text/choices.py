@@ -62,10 +62,13 @@ def _row(fields: dict, num_options: int | None) -> Row:
 
 
 def _answer(answer, options: list[str]) -> int:
-    if isinstance(answer, str) and answer.strip() in options:
-        return options.index(answer.strip())
-    if isinstance(answer, str) and len(answer.strip()) == 1:
-        answer = string.ascii_uppercase.find(answer.strip().upper()) if answer.strip().isalpha() else int(answer) if answer.isdigit() else -1
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(options):
+    """A letter counts before a text: the options may be letters themselves."""
+    number = answer if isinstance(answer, int) and not isinstance(answer, bool) else -1
+    if isinstance(answer, str):
+        letter = answer.strip().upper()
+        number = string.ascii_uppercase.find(letter) if len(letter) == 1 and letter.isalpha() else int(letter) if letter.isdecimal() else -1
+        if answer.strip() in options and not 0 <= number < len(options):
+            number = options.index(answer.strip())
+    if not 0 <= number < len(options):
         raise BadRow(f"answer {answer!r:.40} names none of its {len(options)} options")
-    return answer
+    return number
