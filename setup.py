@@ -5,7 +5,7 @@ megadsl/config/resources.py finds them in both places. Everything else about the
 
 from setuptools import find_packages, setup
 
-SHARED = {"configs": ["*.yaml"], "ds_configs": ["*.json"], "slurm": ["*.sbatch", "*.sh", "*.env", "*.md"]}
+SHARED = {"configs": ["*.yaml"], "ds_configs": ["*.json"], "slurm": ["*.sbatch", "*.sh", "*.env", "*.md", "*.txt"]}
 
 setup(
     packages=[*find_packages(include=["megadsl", "megadsl.*"]), *(f"megadsl.share.{name}" for name in SHARED)],

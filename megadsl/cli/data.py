@@ -6,10 +6,12 @@ from typing import Literal
 
 import typer
 
+from megadsl.cli import data_text
 from megadsl.cli.arguments import config_from_arguments
 from megadsl.parallel.launch import launched_rank
 
 app = typer.Typer(help="Make a corpus and a training dataset, and look at its statistics and samples.", no_args_is_help=True)
+app.add_typer(data_text.app, name="text")
 
 
 @app.command()

@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from megadsl.cli import checkpoint, config, data, diagnose, doctor, evaluate, generate, plan, report, slurm, theory, tokenizer, train
+from megadsl.cli import checkpoint, config, data, diagnose, doctor, evaluate, generate, plan, report, slurm, sweep, theory, tokenizer, train
 from megadsl.errors import UserError
 from megadsl.parallel.launch import launched_rank
 from megadsl.parallel.threads import set_threads
@@ -24,6 +24,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("report")(report.report)
+app.command("sweep")(sweep.sweep)
 app.command("train")(train.train)
 app.add_typer(slurm.app, name="slurm")
 app.add_typer(theory.app, name="theory")

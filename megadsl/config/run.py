@@ -52,6 +52,8 @@ class Config(Section):
             raise ValueError(
                 f"parallel.pipeline_model_parallel_size {stages} is more than the model's {layers} layers; use fewer stages"
             )
+        if self.training.freeze_layers > layers:
+            raise ValueError(f"training.freeze_layers {self.training.freeze_layers} is more than the model's {layers} layers")
         if self.training.precision != "fp32" and parallel.zero_stage == 0:
             raise ValueError(
                 f"parallel.zero_stage 0 does not go with training.precision {self.training.precision} "

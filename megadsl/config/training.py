@@ -15,6 +15,13 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     lr_decay_style: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     lr_warmup_iters: int = Field(0, ge=0, description="iterations of linear warm-up from 0")
+    lr_warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="warm-up as a share of train_iters; lr_warmup_iters follows from it"
+    )
+    layer_lr_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on the learning rate from one layer to the one before it: the head has lr, the last layer lr times "
+        "this, the embedding the least"
+    )
     lr_decay_iters: int | None = Field(None, ge=1, description="iteration at which min_lr is reached (default: train_iters)")
     lr_wsd_decay_iters: int | None = Field(
         None, ge=1, description="length of the final decay of the wsd schedule (default: a tenth of lr_decay_iters)"
@@ -40,6 +47,13 @@ class TrainingConfig(Section):
 
     run_dir: str = Field("runs/default", description="folder of this run: checkpoints, TensorBoard, metrics.jsonl, plan")
     train_iters: int = Field(100, ge=1)
+    train_epochs: float | None = Field(
+        None, gt=0, description="passes over the training data, for tasks whose data are a list of samples; train_iters follows from it (null: "
+        "train_iters says how long)"
+    )
+    freeze_layers: int = Field(
+        0, ge=0, description="so many first layers and the embedding stay as they are (checkpoint.init_from); their gradients count as 0"
+    )
     micro_batch_size: int = Field(1, ge=1, description="sequences per forward pass and rank")
     global_batch_size: int = Field(1, ge=1, description="sequences per optimizer step over all ranks")
     seed: int = Field(1234, ge=0)

@@ -65,6 +65,24 @@ class Tokenizer:
                 return self._encode_around_space_symbol(text)
         return self._processor.encode(text)
 
+    def encode_with_characters(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids of `encode`, for each the first character that it stands for and the end); the bytes of one character share it."""
+        if not text.isascii():
+            text = _SURROGATES.sub("\ufffd", text)
+            if self._space_symbol_ids and _SPACE_SYMBOL in text:
+                return self._encode_with_characters_around_space_symbol(text)
+        from sentencepiece.sentencepiece_pb2 import SentencePieceText
+
+        pieces = SentencePieceText.FromString(self._processor.encode(text, out_type="serialized_proto")).pieces
+        # It counts bytes of UTF-8: which character holds byte i.
+        characters = np.repeat(np.arange(len(text)), [len(one.encode()) for one in text]).tolist() if not text.isascii() else range(len(text))
+        covered = [(characters[piece.begin], characters[piece.end - 1] + 1) if piece.end > piece.begin else None for piece in pieces]
+        following = (len(text), len(text))
+        for index in range(len(covered) - 1, -1, -1):
+            # SentencePiece gives a character's surface to the last of its bytes.
+            following = covered[index] = covered[index] or following
+        return [piece.id for piece in pieces], covered
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; control ids (pad, bos, eos, mask, ...) have none."""
         return self._processor.decode(list(ids))
@@ -154,6 +172,18 @@ class Tokenizer:
         ids = [self._id_of(f"<0x{byte:02X}>") for byte in text.encode()]
         keeps_spaces = self._processor.decode(self._processor.encode("  a ")) == "  a "
         return ids if keeps_spaces and min(ids) >= 0 else []
+
+    def _encode_with_characters_around_space_symbol(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        ids, covered, done = [], [], 0
+        for part in text.split(_SPACE_SYMBOL):
+            if done:
+                ids += self._space_symbol_ids
+                covered += [(done - 1, done)] * len(self._space_symbol_ids)
+            own, places = self.encode_with_characters(part)
+            ids += own
+            covered += [(begin + done, end + done) for begin, end in places]
+            done += len(part) + 1
+        return ids, covered
 
     def _encode_around_space_symbol(self, text: str) -> list[int]:
         # SentencePiece writes a space as U+2581, so a real U+2581 would come back as a space; as bytes it survives.

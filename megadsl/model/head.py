@@ -55,13 +55,13 @@ class MaskedHead(torch.nn.Module):
         super().__init__()
         size = config.hidden_size
         self.activation = activation
-        self.dense = _linear(size, size, "head_dense", std, config)
+        self.dense = linear(size, size, "head_dense", std, config)
         self.norm = WrappedTorchNorm(config, size, config.layernorm_epsilon)
         tag_norm(self.norm)
         self.pooler = self.order = None
         if sentence_order:
-            self.pooler = _linear(size, size, "head_dense", size ** -0.5, config)
-            self.order = _linear(size, 2, "head_dense", size ** -0.5, config)
+            self.pooler = linear(size, size, "head_dense", size ** -0.5, config)
+            self.order = linear(size, 2, "head_dense", size ** -0.5, config)
 
     def forward(self, value: Activations) -> Activations:
         hidden = value.hidden
@@ -83,11 +83,12 @@ class OutputBias(torch.nn.Module):
         return value.replace(logits=value["logits"] + self.bias)
 
 
-def _linear(inputs: int, outputs: int, role: str, std: float, config: TransformerConfig) -> torch.nn.Linear:
-    linear = torch.nn.Linear(inputs, outputs, dtype=config.params_dtype)
-    tag(linear.weight, ParameterTag(role, (outputs, inputs), {role: std}))
-    tag(linear.bias, ParameterTag("bias", (outputs,), {}))
-    return linear
+def linear(inputs: int, outputs: int, role: str, std: float, config: TransformerConfig) -> torch.nn.Linear:
+    """A matrix [outputs, inputs] with a bias, tagged with its role and replicated over tensor-parallel ranks."""
+    made = torch.nn.Linear(inputs, outputs, dtype=config.params_dtype)
+    tag(made.weight, ParameterTag(role, (outputs, inputs), {role: std}))
+    tag(made.bias, ParameterTag("bias", (outputs,), {}))
+    return made
 
 
 def _scaled(hidden: torch.Tensor, scale: float) -> torch.Tensor:

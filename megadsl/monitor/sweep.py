@@ -1,6 +1,9 @@
 """A sweep: runs that differ in some keys. Its combinations, one line of overrides each, and the table of what came out."""
 
 import itertools
+import json
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -20,6 +23,34 @@ def combinations(axes: list[str]) -> list[str]:
             raise UserError(f"--sweep {axis} is not KEY=A,B,C, for example --sweep optimizer.lr=1e-3,3e-3.")
         overrides.append([f"{key}={value}" for value in values.split(",")])
     return [" ".join(combination) for combination in itertools.product(*overrides)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of overrides of a file; empty ones and those that begin with # are none. UserError where there is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def table_over_seeds(runs: list[tuple[str, Path]]) -> Iterator[str]:
+    """A line for all runs that differ in training.seed alone: mean and standard deviation of every figure of their evaluations.
+
+    Args:
+        runs: (line of overrides, the JSON that `megadsl evaluate --output` wrote).
+    """
+    groups: dict[str, list[dict]] = {}
+    for line, path in runs:
+        settings = " ".join(word for word in line.split() if not word.startswith("training.seed="))
+        groups.setdefault(settings, []).append(json.loads(path.read_text(encoding="utf-8")))
+    for settings, found in groups.items():
+        figures = []
+        for name in (name for name, value in found[0].items() if isinstance(value, float)):
+            values = [one[name] for one in found]
+            deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            figures.append(f"{name.replace('_', ' ')} {statistics.mean(values):.4f}{deviation}")
+        yield f"{settings or 'all'} ({len(found)} seed{'s' * (len(found) > 1)}): " + " | ".join(figures)
 
 
 def results(folder: Path) -> list[list[str]]:

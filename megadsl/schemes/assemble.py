@@ -4,7 +4,7 @@ SignalPlan."""
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megadsl.config.model import ModelConfig
@@ -124,8 +124,10 @@ def profile_of(parametrization: Parametrization, model: ModelConfig, statistics:
     head = Head(model.hidden_size * (head_std * parametrization.head.hidden_scale) ** 2, parametrization.head.weight_std.get("head_dense"),
                 statistics.repeats, statistics.masking_probability, statistics.z_loss)
     shape = model_shape(model, parametrization.norm_position)
+    if statistics.length is not None:
+        shape = replace(shape, length=max(2, round(statistics.length)))
     return propagate(shape, embedding_of(parametrization, model, statistics), parametrization.sublayers, vocab_size, level, head,
-                     statistics.gradient_correlation)
+                     statistics.gradient_correlation, statistics.gradient_position)
 
 
 def _input_stds(parametrization: Parametrization, statistics: TokenStatistics) -> dict[str, float]:

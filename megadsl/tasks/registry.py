@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 
 from megadsl.config import Config
 from megadsl.errors import UserError
+from megadsl.tasks.length import with_length
 from megadsl.tasks.task import Task
 
 # name -> "module:class"
@@ -16,6 +17,9 @@ TASKS = {
     "causal_language_modeling": "megadsl.tasks.language.causal:CausalLanguageModeling",
     "masked_language_modeling": "megadsl.tasks.language.masked:MaskedLanguageModeling",
     "denoising": "megadsl.tasks.language.denoising:Denoising",
+    "text_classification": "megadsl.tasks.text.classification:TextClassification",
+    "multiple_choice": "megadsl.tasks.text.multiple_choice:MultipleChoice",
+    "question_answering": "megadsl.tasks.text.question_answering:QuestionAnswering",
 }
 GROUP = "megadsl.tasks"
 # What a model of a family learns where task.name does not say.
@@ -50,7 +54,7 @@ def task_of(config: Config) -> Task:
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with its task's name and all options written out, as it is shown and saved."""
+    """The configuration with its task's name and all options written out and its length worked out, as it is shown and saved."""
     task = task_of(config)
     section = type(config.task).model_validate({"name": task.name, **task.options.model_dump(mode="json")})
-    return config.model_copy(update={"task": section})
+    return with_length(config.model_copy(update={"task": section}), task.samples_per_epoch)

@@ -128,6 +128,11 @@ class Task(ABC):
         return None
 
     @property
+    def samples_per_epoch(self) -> int | None:
+        """Training samples, where the data are a list of them (training.train_epochs counts in it) and are there already."""
+        return None
+
+    @property
     def padded_output_size(self) -> int:
         """Rows of the output matrix: a vocabulary padded to a multiple, or the number of classes."""
         return self.input_statistics().vocab_size

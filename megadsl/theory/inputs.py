@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class TokenStatistics:
         z_loss: coefficient of logsumexp(logits)^2 beside the cross-entropy.
         gradient_correlation: of the gradient at the head's input; None: that of a cross-entropy at every position. A head that
             reads one token gives 0, one that reads the mean of all gives 1.
+        gradient_position: "first" or "last" where the head reads that position alone; None: all positions alike.
+        length: positions of a sequence that are not padding, their harmonic mean (attention averages over 1/length); None: all.
     """
 
     vocab_size: int
@@ -50,6 +53,8 @@ class TokenStatistics:
     projected_second_moment: float = 1.0
     z_loss: float = 0.0
     gradient_correlation: float | None = None
+    gradient_position: Literal["first", "last"] | None = None
+    length: float | None = None
 
     @property
     def content_gain(self) -> float:

@@ -13,12 +13,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from megadsl.theory.grid import Gram, means, uniform_grid
+from megadsl.theory.grid import Gram, Grid, means, uniform_grid
 from megadsl.theory.inputs import cross_entropy_overlaps
 from megadsl.theory.quadrature import dual_map
 from megadsl.theory.recursion import MatrixRecursion
@@ -88,12 +89,13 @@ class DepthProfile:
 
 def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Sublayer], vocab_size: int,
               level: Literal["matrix", "scalar"] = "matrix", head: Head | None = None,
-              gradient_correlation: float | None = None) -> DepthProfile:
+              gradient_correlation: float | None = None, gradient_position: Literal["first", "last"] | None = None) -> DepthProfile:
     """Predict the signal of a model; stds that a sublayer leaves open are solved for unit branches.
 
-    `gradient_correlation` replaces the one that the cross-entropy gradient would have.
+    `gradient_correlation` replaces the one that the cross-entropy gradient would have; with `gradient_position` one position carries
+    all of the gradient at the head (at the scalar level positions cannot be told apart, so it makes no difference there).
     """
-    run = _matrix if level == "matrix" else _scalar
+    run = partial(_matrix, gradient_position=gradient_position) if level == "matrix" else _scalar
     stacks = [name for name in ("encoder", "decoder") if any(sublayer.stack == name for sublayer in sublayers)]
     grouped = {name: [sublayer for sublayer in sublayers if sublayer.stack == name] for name in stacks}
 
@@ -126,7 +128,8 @@ def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, hea
     return at_head, (moments[1][0] / moments[0][0], entering)
 
 
-def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
+def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start,
+            gradient_position: Literal["first", "last"] | None = None) -> DepthProfile:
     stacks: list[MatrixRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
@@ -138,8 +141,7 @@ def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
         stacks.append(stack)
     last = stacks[-1]
     r_g, entering = start(overlap / second)
-    blocks = len(last.grid.sizes)
-    gradient, found = Gram(np.full((blocks, blocks), entering[0] * entering[1]), np.full(blocks, entering[0])), {}
+    gradient, found = _gradient_at_head(last.grid, entering, gradient_position), {}
     for stack in reversed(stacks):
         found[stack.name], at_memory = stack.backward(gradient)
         if at_memory is not None:
@@ -163,6 +165,17 @@ def _prediction(stack: MatrixRecursion, stream: Gram, gradient: Gram) -> Predict
     second, overlap = means(stack.grid, stream)
     gradient_second, gradient_overlap = means(stack.grid, gradient)
     return _point(second, overlap, gradient_second, gradient_overlap)
+
+
+def _gradient_at_head(grid: Grid, entering: tuple[float, float], position: Literal["first", "last"] | None) -> Gram:
+    """The gradient's Gram matrix where it enters the last stack: alike everywhere, or in the block of one position alone (whose mean
+    over all positions is the same)."""
+    blocks, (variance, correlation) = len(grid.sizes), entering
+    if position is None:
+        return Gram(np.full((blocks, blocks), variance * correlation), np.full(blocks, variance))
+    block, carried = 0 if position == "first" else -1, np.zeros(blocks)
+    carried[block] = variance * grid.length / grid.sizes[block]
+    return Gram(np.zeros((blocks, blocks)), carried)
 
 
 def _point(q: float, c: float, q_g: float, c_g: float) -> Prediction:

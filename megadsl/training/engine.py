@@ -30,7 +30,7 @@ from megadsl.parallel.topology import Coordinate, Topology
 from megadsl.schemes.plan import SignalPlan
 from megadsl.tasks.task import Batch, Task
 from megadsl.training.measuring import Measuring
-from megadsl.training.optimizer import GuardedAdamW, global_gradient_norm, parameter_groups
+from megadsl.training.optimizer import GuardedAdamW, LayerDepths, freeze, global_gradient_norm, parameter_groups
 from megadsl.training.qk_clip import QKClip
 from megadsl.training.state import EngineState
 
@@ -97,6 +97,8 @@ class Engine:
         parameters = list(self.model.canonical_parameters())
         initialize((pair for pair in parameters if pair[0] not in filled), config.training.seed, coordinate.tensor, topology.tensor)
         leave_to_checkpoint(pair for pair in parameters if pair[0] in filled)
+        self._depths = LayerDepths(self.definition.entries, config.training.freeze_layers)
+        freeze(parameters, self._depths)
         self.model.register_forward_pre_hook(self._seed_forward)
         self._parameters = list(self.model.parameters())
         self._forwards = 0
@@ -109,7 +111,8 @@ class Engine:
             self.engine, list(self.model.canonical_parameters()), self._zero_stage, topology, coordinate, device
         )
         self.measuring = Measuring(
-            task, plan, self.model.calls(), self.definition.embedding, self.state, self._optimizer, topology, coordinate, device)
+            task, plan, self.model.calls(), self.definition.embedding, self.state, self._optimizer, topology, coordinate, device,
+            self._depths.is_frozen)
         self._qk_clip = QKClip(self.model, self.state, config.optimizer, device) if config.optimizer.qk_clip else None
 
     def _initialize_deepspeed(self):
@@ -117,7 +120,7 @@ class Engine:
 
         options = self.config.optimizer
         self._optimizer = GuardedAdamW(
-            parameter_groups(self.model.canonical_parameters(), options, self.definition.role_factors),
+            parameter_groups(self.model.canonical_parameters(), options, self.definition.role_factors, self._depths),
             self._is_taken, lr=options.lr, betas=(options.adam_beta1, options.adam_beta2),
         )
         # What DeepSpeed prints while it starts (memory, in 16 bits) is noise in a job log.

@@ -26,13 +26,14 @@ class Measuring:
     Args:
         calls: (entry, module) of this stage.
         optimizer: whose steps are measured.
+        is_frozen: of a parameter's name: it stands still by intent, and is not measured.
     """
 
     def __init__(self, task: Task, plan: SignalPlan, calls: list[tuple[LayerEntry, Callable]], embedding: str, state: EngineState,
-                 optimizer: GuardedAdamW, topology: Topology, coordinate: Coordinate, device: torch.device):
+                 optimizer: GuardedAdamW, topology: Topology, coordinate: Coordinate, device: torch.device, is_frozen: Callable[[str], bool]):
         self._task, self._topology, self._optimizer = task, topology, optimizer
         self._probes = SignalProbes(calls, points_of(plan), embedding, device, tensor_size=topology.tensor)
-        self._parameters = ParameterProbes(state.fragments, device, coordinate.tensor, topology.tensor)
+        self._parameters = ParameterProbes([one for one in state.fragments if not is_frozen(one.name)], device, coordinate.tensor, topology.tensor)
         # The first micro-batch of the global batch, which data rank 0 has: what is measured does not depend on the layout.
         self._measures = coordinate.data == 0
         self._latest: int | None = None

@@ -9,11 +9,53 @@ import torch.distributed as dist
 
 from megadsl.config.training import OptimizerConfig
 from megadsl.model.init import DECAYS, tag_of
+from megadsl.model.stack import LayerEntry
+
+
+class LayerDepths:
+    """How deep a parameter lies: 0 in front of the first layer, i in layer i (counted from 1), `last` in the head."""
+
+    def __init__(self, entries: Sequence[LayerEntry], freeze_layers: int = 0):
+        self._depth, depth = {}, 0
+        final = max((index for index, entry in enumerate(entries) if entry.takes), default=-1)
+        for index, entry in enumerate(entries):
+            depth += bool(entry.takes) or index == final + 1
+            self._depth.setdefault(entry.name, depth)
+        self.last, self._freeze_layers = depth, freeze_layers
+
+    def of(self, name: str) -> int:
+        """`name` is a parameter's canonical one."""
+        entry = name
+        while entry not in self._depth:
+            entry, dot, _ = entry.rpartition(".")
+            if not dot:
+                raise ValueError(f"parameter {name} belongs to no entry of the model's list")
+        return self._depth[entry]
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether it is in the embedding or in one of the first `freeze_layers` layers."""
+        return bool(self._freeze_layers) and self.of(name) <= self._freeze_layers
+
+    def lr_factor(self, name: str, layer_lr_decay: float) -> float:
+        """What the learning rate of a parameter is multiplied by."""
+        if self.is_frozen(name):
+            return 0.0
+        return layer_lr_decay ** (self.last - self.of(name)) if layer_lr_decay != 1.0 else 1.0
+
+
+def freeze(parameters: Iterable[tuple[str, torch.nn.Parameter]], depths: LayerDepths) -> None:
+    """Let the gradients of frozen parameters be 0, so that they neither move nor count in the gradient norm.
+
+    They keep their gradients, because a pipeline sends them on and ZeRO reduces them in every layout alike.
+    """
+    for name, parameter in parameters:
+        if depths.is_frozen(name):
+            parameter.register_hook(torch.zeros_like)
 
 
 def parameter_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], options: OptimizerConfig,
-                     role_factors: dict[str, dict[str, float]]) -> list[dict]:
-    """AdamW groups of (canonical name, parameter) pairs: decayed and not, with the plan's factors by role.
+                     role_factors: dict[str, dict[str, float]], depths: LayerDepths | None = None) -> list[dict]:
+    """AdamW groups of (canonical name, parameter) pairs: decayed and not, with the plan's factors by role and those by depth.
 
     `lr_factor` of a group multiplies the scheduled learning rate (the engine sets `lr` before every step).
 
@@ -27,7 +69,8 @@ def parameter_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], optio
         tag = tag_of(name, parameter)
         factors = role_factors.get(tag.role, {})
         decay = options.weight_decay * factors.get("weight_decay", 1.0) if tag.decays else 0.0
-        key = decay, options.adam_eps * factors.get("eps", 1.0), factors.get("lr", 1.0)
+        lr_factor = factors.get("lr", 1.0) * (depths.lr_factor(name, options.layer_lr_decay) if depths else 1.0)
+        key = decay, options.adam_eps * factors.get("eps", 1.0), lr_factor
         group = groups.setdefault(key, {"params": [], **dict(zip(("weight_decay", "eps", "lr_factor"), key, strict=True))})
         group["params"].append(parameter)
     return list(groups.values())

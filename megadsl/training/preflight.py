@@ -11,6 +11,7 @@ from megadsl.monitor.wandb_run import check_wandb
 from megadsl.parallel.launch import Launch, discover_launch
 from megadsl.parallel.topology import Topology
 from megadsl.schemes.plan import SignalPlan
+from megadsl.tasks.length import require_length
 from megadsl.tasks.planning import plan_for_run
 from megadsl.tasks.registry import task_of
 from megadsl.tasks.task import Task
@@ -50,6 +51,7 @@ def preflight(config: Config) -> Preflight:
     check_wandb(config.monitor)
     task = task_of(config)
     task.check()
+    require_length(config, task.samples_per_epoch, task.name)
     checkpoint, problems = resume_point(task, {})
     initial = None if checkpoint else initial_weights(task)
     if checkpoint:

@@ -1,0 +1,1 @@
+"""Finetuning tasks over short texts: classification, multiple choice, span questions."""
