@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megadsl.errors import UserError
-from megadsl.theory.shape import Embedding
+from megadsl.theory.shape import Embedding, PositionMoments
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class TokenStatistics:
         z_loss: coefficient of logsumexp(logits)^2 beside the cross-entropy.
         gradient_correlation: of the gradient at the head's input; None: that of a cross-entropy at every position. A head that
             reads one token gives 0, one that reads the mean of all gives 1.
+        positions: moments by position, where positions are not alike; None: repeat_probability says it all.
+        read_position: the only position that the head reads (a class token's); None: it reads all.
+        class_token: a learned vector stands in front of the projected ones, drawn with their mean second moment.
     """
 
     vocab_size: int
@@ -50,6 +53,9 @@ class TokenStatistics:
     projected_second_moment: float = 1.0
     z_loss: float = 0.0
     gradient_correlation: float | None = None
+    positions: PositionMoments | None = None
+    read_position: int | None = None
+    class_token: bool = False
 
     @property
     def content_gain(self) -> float:
