@@ -77,7 +77,8 @@ class EvaluationRequest:
     max_tokens: int | None = None
     pseudo_tokens: int | None = None
     max_samples: int | None = None
-    corruptions: str | None = None
+    corruptions: bool | None = None
+    corrupted: Path | None = None
     figures: Path | None = None
 
 

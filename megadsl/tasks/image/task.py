@@ -41,7 +41,7 @@ class ImageClassification(Task):
     families = ("encoder",)
     loss_parts = (LossPart("classes", "nats per image"),)
     metric_names = ("top1_accuracy", "top5_accuracy")
-    evaluation_options = ("max_samples", "corruptions", "figures")
+    evaluation_options = ("max_samples", "corruptions", "corrupted", "figures")
     inputs = ("pixel_values",)
     targets = ("target", "label")
 
@@ -172,9 +172,12 @@ class ImageClassification(Task):
         return (float(len(batch["label"])),)
 
     def metrics(self, output: "Activations", targets: Batch) -> Sequence[Sum]:
+        import torch
+
         logits, label = output["logits"].float(), targets["label"].unsqueeze(1)
         best = logits.topk(min(5, logits.size(1)), dim=1).indices == label
-        return Sum(best[:, 0].sum(), len(label)), Sum(best.any(dim=1).sum(), len(label))
+        count = best.new_full((), len(label), dtype=torch.long)
+        return Sum(best[:, 0].sum(), count), Sum(best.any(dim=1).sum(), count)
 
     def head_multiplications(self) -> float:
         one = self.described
