@@ -8,10 +8,12 @@ import typer
 
 from megadsl.cli import data_text
 from megadsl.cli.arguments import config_from_arguments
+from megadsl.cli.data_images import images
 from megadsl.parallel.launch import launched_rank
 
 app = typer.Typer(help="Make a corpus and a training dataset, and look at its statistics and samples.", no_args_is_help=True)
 app.add_typer(data_text.app, name="text")
+app.command()(images)
 
 
 @app.command()
@@ -90,6 +92,19 @@ def show(
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     for shown in task.describe_samples(split, samples):
         console.print(shown, markup=False)
+
+
+@app.command()
+def fetch(
+    name: Literal["fashion-mnist"] = typer.Argument(..., help="which data set"),
+    output: Path = typer.Option(..., help="folder to write; what is there already is used again"),
+) -> None:
+    """Fetch a free data set that Debian packages (apt-get download; nothing is installed)."""
+    from megadsl.tasks.image.fetch import fetch_fashion_mnist
+
+    fetchers = {"fashion-mnist": fetch_fashion_mnist}
+    reused = fetchers[name](output)
+    typer.echo(f"{output}: {name} {'is there already' if reused else 'fetched'}")
 
 
 def _made(reused: bool) -> str:

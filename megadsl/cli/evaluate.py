@@ -18,6 +18,10 @@ def evaluate(
     max_tokens: int = typer.Option(None, min=1, help="Read about so many tokens, spread over the whole split. Default: all."),
     pseudo_tokens: int = typer.Option(
         None, min=0, help="Tokens of a masked language model's pseudo-perplexity, one forward pass each; 0: none. Default: 512."),
+    max_samples: int = typer.Option(None, min=1, help="Images, spread over the whole split. Default: all."),
+    corruptions: bool = typer.Option(False, "--corruptions", help="Images: also corrupt them in 15 ways at 5 severities, as ImageNet-C."),
+    corrupted: Path = typer.Option(None, help="Images: also read a folder of corrupted ones, CORRUPTION/SEVERITY/CLASS/PICTURE."),
+    figures: Path = typer.Option(None, help="Images: write figures of confusion, calibration and corruptions into this folder."),
     tensor_parallel: int = typer.Option(1, min=1, help="Ranks that share the model, where it is larger than one device."),
     device: Literal["auto", "cpu", "cuda"] = typer.Option("auto"),
     output: Path = typer.Option(None, help="Also write the numbers here, as JSON; megadsl report shows RUN/evaluation.json."),
@@ -39,7 +43,8 @@ def evaluate(
 
     task, model = load_trained(opened, device, tensor_parallel=tensor_parallel, launch=launch)
     try:
-        results = task.evaluate(model, EvaluationRequest(data, split, batch_tokens, max_tokens, pseudo_tokens))
+        results = task.evaluate(model, EvaluationRequest(
+            data, split, batch_tokens, max_tokens, pseudo_tokens, max_samples, corruptions or None, corrupted, figures))
     finally:
         destroy_groups()
     if not model.is_main:

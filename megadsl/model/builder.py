@@ -6,6 +6,7 @@ Shape letters: s sequence, b micro-batch, h hidden, v padded vocabulary.
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
@@ -67,9 +68,10 @@ class ModelBuilder:
         """The decoder's hidden state from "target_tokens" and the shared word table."""
         return LayerEntry(TARGET_WORDS, None, tied_key="word_embedding", tied_forward=TargetWords())
 
-    def embedding_sum(self, name: str, max_positions: int, reset_positions: bool = False) -> LayerEntry:
-        """Positions, token types, norm and dropout; uses "tokentypes" up, and "segments" where positions start anew in each."""
-        return LayerEntry(name, partial(EmbeddingSum, self.core, self.model, self.plan.embedding, max_positions, reset_positions))
+    def embedding_sum(self, name: str, max_positions: int, reset_positions: bool = False, waves: np.ndarray | None = None) -> LayerEntry:
+        """Positions, token types, norm and dropout; uses "tokentypes" up, and "segments" where positions start anew in each. `waves`
+        [positions, h]: sinusoidal positions other than a sequence's."""
+        return LayerEntry(name, partial(EmbeddingSum, self.core, self.model, self.plan.embedding, max_positions, reset_positions, waves))
 
     def layers(self, stack: str, causal: bool, context: tuple[str, ...] = (), isolated: bool = False) -> list[LayerEntry]:
         """The layers of one stack, behind its relative positions where the model has them.

@@ -6,6 +6,7 @@ Shape letters: b micro-batch, s sequence, h hidden, v padded vocabulary, n heads
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -65,10 +66,11 @@ class EmbeddingSum(torch.nn.Module):
     Args:
         max_positions: rows of a learned or sinusoidal position table.
         reset_positions: positions start at 0 in every segment.
+        waves: [positions, h], root mean square 1: what sinusoidal positions are, where not those of a sequence (a plane's).
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, plan: EmbeddingPlan, max_positions: int,
-                 reset_positions: bool = False):
+                 reset_positions: bool = False, waves: np.ndarray | None = None):
         super().__init__()
         self.reset_positions, self.dropout = reset_positions, config.hidden_dropout
         std = plan.weight_std
@@ -77,8 +79,8 @@ class EmbeddingSum(torch.nn.Module):
             self.position = _table(max_positions, config, "position_embedding", std["position_embedding"])
         elif model.position_embedding_type == "sinusoidal":
             del self.position
-            waves = sinusoid(max_positions, config.hidden_size) * std["position_embedding"]
-            self.register_buffer("position", waves.to(config.params_dtype), persistent=False)
+            waves = sinusoid(max_positions, config.hidden_size) if waves is None else torch.from_numpy(waves).float()
+            self.register_buffer("position", (waves * std["position_embedding"]).to(config.params_dtype), persistent=False)
         if model.num_tokentypes:
             self.tokentype = _table(model.num_tokentypes, config, "tokentype_embedding", std["tokentype_embedding"])
         if plan.norm_gain is not None:

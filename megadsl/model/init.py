@@ -24,7 +24,8 @@ from megadsl.parallel.rng import key_from
 DECAYS = {
     "query_key_value": True, "query": True, "key_value": True, "attention_output": True, "fc1": True, "fc2": True,
     "input_projection": True, "output_head": True, "head_dense": True,
-    "word_embedding": False, "position_embedding": False, "tokentype_embedding": False, "relative_attention_bias": False,
+    "word_embedding": False, "position_embedding": False, "tokentype_embedding": False, "class_token": False,
+    "relative_attention_bias": False,
     "bias": False, "norm_weight": False, "norm_bias": False, "residual_gate": False,
 }
 

@@ -127,7 +127,7 @@ def profile_of(parametrization: Parametrization, model: ModelConfig, statistics:
     if statistics.length is not None:
         shape = replace(shape, length=max(2, round(statistics.length)))
     return propagate(shape, embedding_of(parametrization, model, statistics), parametrization.sublayers, vocab_size, level, head,
-                     statistics.gradient_correlation, statistics.gradient_position)
+                     statistics.gradient_correlation, statistics.read_position)
 
 
 def _input_stds(parametrization: Parametrization, statistics: TokenStatistics) -> dict[str, float]:
@@ -136,7 +136,9 @@ def _input_stds(parametrization: Parametrization, statistics: TokenStatistics) -
         return parametrization.tables
     scale = statistics.content_gain ** -0.5 if parametrization.unit_tables else 1.0
     tables = dict(parametrization.tables)
-    return {"input_projection": scale * tables.pop("word_embedding"), **tables}
+    std = scale * tables.pop("word_embedding")
+    token = {"class_token": std * statistics.content_gain ** 0.5} if statistics.class_token else {}
+    return {"input_projection": std, **token, **tables}
 
 
 def _head_of(parametrization: Parametrization, statistics: TokenStatistics) -> HeadPlan:
@@ -157,5 +159,5 @@ def embedding_of(parametrization: Parametrization, model: ModelConfig, statistic
         word_std=scale * tables["word_embedding"], position_std=tables.get("position_embedding"),
         tokentype_std=tables.get("tokentype_embedding"), repeat_probability=statistics.input_repeats,
         same_type_probability=same_type, sinusoidal=model.position_embedding_type == "sinusoidal",
-        norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None,
+        norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None, positions=statistics.positions,
     )

@@ -20,6 +20,7 @@ TASKS = {
     "text_classification": "megadsl.tasks.text.classification:TextClassification",
     "multiple_choice": "megadsl.tasks.text.multiple_choice:MultipleChoice",
     "question_answering": "megadsl.tasks.text.question_answering:QuestionAnswering",
+    "image_classification": "megadsl.tasks.image.task:ImageClassification",
 }
 GROUP = "megadsl.tasks"
 # What a model of a family learns where task.name does not say.

@@ -12,7 +12,8 @@ Shape letters: s sequence, b micro-batch, h hidden.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from megadsl.config import Config
@@ -75,6 +76,10 @@ class EvaluationRequest:
     batch_tokens: int = 4096
     max_tokens: int | None = None
     pseudo_tokens: int | None = None
+    max_samples: int | None = None
+    corruptions: bool | None = None
+    corrupted: Path | None = None
+    figures: Path | None = None
 
 
 class Task(ABC):
@@ -87,6 +92,7 @@ class Task(ABC):
         loss_parts: see the top of this file.
         metric_names: what `metrics` returns, in order.
         evaluation_options: fields of EvaluationRequest, beside data, split and batch_tokens, that `evaluate` reads.
+        saved: folder of the checkpoint that the task was loaded with, where its `files()` lie; None: a run of its own.
     """
 
     name: ClassVar[str]
@@ -95,6 +101,7 @@ class Task(ABC):
     loss_parts: tuple[LossPart, ...] = (LossPart("loss", "nats"),)
     metric_names: tuple[str, ...] = ()
     evaluation_options: ClassVar[tuple[str, ...]] = ()
+    saved: Path | None = None
 
     def __init__(self, config: Config):
         """UserError where task.* is not what the task takes, or where the model's family does not go with it."""
@@ -238,7 +245,7 @@ class Task(ABC):
 
     def require_known(self, request: EvaluationRequest) -> None:
         """UserError at the first option of a request that the task does not read."""
-        for option in ("max_tokens", "pseudo_tokens"):
+        for option in [field.name for field in fields(request)][3:]:
             if getattr(request, option) is not None and option not in self.evaluation_options:
                 raise UserError(f"--{option.replace('_', '-')} does not go with task.name {self.name}; leave it away.")
 

@@ -17,7 +17,7 @@ def load_trained(checkpoint: Checkpoint, device: str = "auto", precision: str | 
         UserError: the checkpoint does not fit its own configuration.
     """
     config = inference_config(checkpoint, precision, tensor_parallel)
-    task = task_of(config)
+    task = _task_of(checkpoint, config)
     model = load_model(
         checkpoint, config, lambda: task.define_model(checkpoint.plan(), checkpoint.info.padded_vocab_size), device, launch)
     return task, model
@@ -25,4 +25,10 @@ def load_trained(checkpoint: Checkpoint, device: str = "auto", precision: str | 
 
 def entries_of_checkpoint(checkpoint: Checkpoint, config: Config) -> list[LayerEntry]:
     """The list of layers of a checkpoint's model under its configuration in another layout."""
-    return task_of(config).define_model(checkpoint.plan(), checkpoint.info.padded_vocab_size).entries
+    return _task_of(checkpoint, config).define_model(checkpoint.plan(), checkpoint.info.padded_vocab_size).entries
+
+
+def _task_of(checkpoint: Checkpoint, config: Config) -> Task:
+    task = task_of(config)
+    task.saved = checkpoint.path
+    return task

@@ -105,6 +105,17 @@ def stationary(grid: Grid, values: np.ndarray) -> np.ndarray:
     return total / pairs
 
 
+def blocked(grid: Grid, matrix: np.ndarray) -> Gram:
+    """Block means of a matrix [n, n] of overlaps between positions, second moments on its diagonal."""
+    starts, m = grid.starts.astype(int), grid.sizes
+    total = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
+    own = np.add.reduceat(np.diagonal(matrix), starts)
+    pairs, inner = np.outer(m, m), np.arange(len(m))
+    total[inner, inner] -= np.where(m > 1, own, 0.0)
+    pairs[inner, inner] -= np.where(m > 1, m, 0.0)
+    return Gram(total / pairs, own / m)
+
+
 class Mask:
     """Which keys a query sees, on a query grid and a key grid: averages over visible keys, and the adjoint sums over queries.
 

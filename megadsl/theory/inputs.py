@@ -11,12 +11,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from megadsl.errors import UserError
-from megadsl.theory.shape import Embedding
+from megadsl.theory.shape import Embedding, PositionMoments
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,10 @@ class TokenStatistics:
         z_loss: coefficient of logsumexp(logits)^2 beside the cross-entropy.
         gradient_correlation: of the gradient at the head's input; None: that of a cross-entropy at every position. A head that
             reads one token gives 0, one that reads the mean of all gives 1.
-        gradient_position: "first" or "last" where the head reads that position alone; None: all positions alike.
         length: positions of a sequence that are not padding, their harmonic mean (attention averages over 1/length); None: all.
+        positions: moments by position, where positions are not alike; None: repeat_probability says it all.
+        read_position: the only position that the head reads (0: a class token's, -1: the last); None: it reads all alike.
+        class_token: a learned vector stands in front of the projected ones, drawn with their mean second moment.
     """
 
     vocab_size: int
@@ -53,8 +54,10 @@ class TokenStatistics:
     projected_second_moment: float = 1.0
     z_loss: float = 0.0
     gradient_correlation: float | None = None
-    gradient_position: Literal["first", "last"] | None = None
     length: float | None = None
+    positions: PositionMoments | None = None
+    read_position: int | None = None
+    class_token: bool = False
 
     @property
     def content_gain(self) -> float:

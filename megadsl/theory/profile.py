@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -89,13 +88,13 @@ class DepthProfile:
 
 def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Sublayer], vocab_size: int,
               level: Literal["matrix", "scalar"] = "matrix", head: Head | None = None,
-              gradient_correlation: float | None = None, gradient_position: Literal["first", "last"] | None = None) -> DepthProfile:
+              gradient_correlation: float | None = None, read_position: int | None = None) -> DepthProfile:
     """Predict the signal of a model; stds that a sublayer leaves open are solved for unit branches.
 
-    `gradient_correlation` replaces the one that the cross-entropy gradient would have; with `gradient_position` one position carries
-    all of the gradient at the head (at the scalar level positions cannot be told apart, so it makes no difference there).
+    `gradient_correlation` replaces the one that the cross-entropy gradient would have; `read_position` is the only one that the head
+    reads, so that it has all of the gradient (None: all positions are alike to it).
     """
-    run = partial(_matrix, gradient_position=gradient_position) if level == "matrix" else _scalar
+    run = _matrix if level == "matrix" else _scalar
     stacks = [name for name in ("encoder", "decoder") if any(sublayer.stack == name for sublayer in sublayers)]
     grouped = {name: [sublayer for sublayer in sublayers if sublayer.stack == name] for name in stacks}
 
@@ -104,7 +103,7 @@ def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Subla
             return gradient_correlation, (1.0, gradient_correlation)
         return _head_gradient(shape, embedding, vocab_size, head or Head(), correlation)
 
-    return run(shape, embedding, grouped, start)
+    return run(shape, embedding, grouped, start, read_position)
 
 
 def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, head: Head,
@@ -128,12 +127,12 @@ def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, hea
     return at_head, (moments[1][0] / moments[0][0], entering)
 
 
-def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start,
-            gradient_position: Literal["first", "last"] | None = None) -> DepthProfile:
+def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start, read_position: int | None) -> DepthProfile:
     stacks: list[MatrixRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
-        stack = MatrixRecursion(shape, name, memory, uniform_grid(shape.length) if memory is not None else None)
+        stack = MatrixRecursion(shape, name, memory, uniform_grid(shape.length) if memory is not None else None,
+                                differ=embedding.positions is not None and memory is None)
         final = stack.final(stack.forward(stack.embed(embedding), sublayers))
         second, overlap = means(stack.grid, final)
         # A decoder attends to all of the memory alike, so its mean overlaps are all that counts.
@@ -141,7 +140,7 @@ def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
         stacks.append(stack)
     last = stacks[-1]
     r_g, entering = start(overlap / second)
-    gradient, found = _gradient_at_head(last.grid, entering, gradient_position), {}
+    gradient, found = _at_head(last.grid, *entering, read_position), {}
     for stack in reversed(stacks):
         found[stack.name], at_memory = stack.backward(gradient)
         if at_memory is not None:
@@ -161,21 +160,19 @@ def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sub
     return DepthProfile(points[0][0], tuple(solved), tuple(p for part in points for p in part[1:]), final, positions, entering)
 
 
+def _at_head(grid: Grid, variance: float, correlation: float, read_position: int | None) -> Gram:
+    """The gradient that enters the last stack, of mean second moment `variance`."""
+    blocks = len(grid.sizes)
+    if read_position is None:
+        return Gram(np.full((blocks, blocks), variance * correlation), np.full(blocks, variance))
+    read = np.arange(blocks) == np.searchsorted(grid.starts, read_position % grid.length, side="right") - 1
+    return Gram(np.zeros((blocks, blocks)), np.where(read, variance * grid.length / grid.sizes, 0.0))
+
+
 def _prediction(stack: MatrixRecursion, stream: Gram, gradient: Gram) -> Prediction:
     second, overlap = means(stack.grid, stream)
     gradient_second, gradient_overlap = means(stack.grid, gradient)
     return _point(second, overlap, gradient_second, gradient_overlap)
-
-
-def _gradient_at_head(grid: Grid, entering: tuple[float, float], position: Literal["first", "last"] | None) -> Gram:
-    """The gradient's Gram matrix where it enters the last stack: alike everywhere, or in the block of one position alone (whose mean
-    over all positions is the same)."""
-    blocks, (variance, correlation) = len(grid.sizes), entering
-    if position is None:
-        return Gram(np.full((blocks, blocks), variance * correlation), np.full(blocks, variance))
-    block, carried = 0 if position == "first" else -1, np.zeros(blocks)
-    carried[block] = variance * grid.length / grid.sizes[block]
-    return Gram(np.zeros((blocks, blocks)), carried)
 
 
 def _point(q: float, c: float, q_g: float, c_g: float) -> Prediction:
@@ -183,12 +180,13 @@ def _point(q: float, c: float, q_g: float, c_g: float) -> Prediction:
     return Prediction(q, c / q, q_g, c_g / q_g if q_g else 0.0)
 
 
-def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
+def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start, read_position: int | None) -> DepthProfile:
+    # At this level positions are exchangeable: which one the head reads is in the gradient's correlation alone.
     stacks: list[ScalarRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
         stack = ScalarRecursion(shape, name, memory, shape.length if memory is not None else 0)
-        positions = MatrixRecursion(shape, name)
+        positions = MatrixRecursion(shape, name, differ=embedding.positions is not None and memory is None)
         q, c = means(positions.grid, positions.embed(embedding))
         memory = q, r = stack.final(*stack.forward(q, c / q, sublayers))
         stacks.append(stack)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megadsl.theory.attention import AttentionShape, AttentionSignal, Rotary
-from megadsl.theory.grid import Gram, Grid, Mask, causal_grid, means, stationary, uniform_grid
+from megadsl.theory.grid import Gram, Grid, Mask, blocked, causal_grid, means, stationary, uniform_grid
 from megadsl.theory.inputs import rotary_overlap, sinusoidal_mean, sinusoidal_overlap
 from megadsl.theory.quadrature import ACTIVATIONS, DualMap, dual_map
 from megadsl.theory.shape import Embedding, ModelShape, Sublayer
@@ -36,15 +36,18 @@ class Step:
 
 
 class MatrixRecursion:
-    """One stack (encoder or decoder) of a model: forward and backward passes over its sublayers."""
+    """One stack (encoder or decoder) of a model: forward and backward passes over its sublayers.
+
+    `differ`: what enters differs by position (Embedding.positions).
+    """
 
     def __init__(self, shape: ModelShape, name: str, memory: Gram | None = None, memory_grid: Grid | None = None,
-            ratio: float = 0.08):
+            ratio: float = 0.08, differ: bool = False):
         self.shape, self.name = shape, name
         length = shape.stack_length(name)
         causal = name == "decoder"
         # Rotary positions give a bidirectional stack position structure too.
-        structured = causal or shape.rotary_base is not None
+        structured = causal or differ or shape.rotary_base is not None
         self.grid = causal_grid(length, ratio) if structured else uniform_grid(length)
         self.mask = Mask(self.grid, self.grid, causal)
         self.memory, self.memory_grid = memory, memory_grid
@@ -71,17 +74,31 @@ class MatrixRecursion:
         position = (embedding.position_std or 0.0) ** 2
         blocks = len(self.grid.sizes)
         off = np.full((blocks, blocks), embedding.repeat_probability * word + embedding.same_type_probability * tokentype)
-        if embedding.sinusoidal:
+        diag = np.full(blocks, word + position + tokentype)
+        if embedding.positions is not None:
+            off, diag = self._by_position(embedding, word, position, embedding.same_type_probability * tokentype, tokentype)
+        elif embedding.sinusoidal:
             off = off + position * stationary(self.grid, sinusoidal_overlap(np.arange(self.grid.length), self.shape.hidden_size))
             if self.shape.normalization == "LayerNorm":
                 mean = np.sqrt(position) * sinusoidal_mean(self.grid.centres - 1.0, self.shape.hidden_size)
                 self._feature_mean = Gram(np.outer(mean, mean), mean ** 2)
-        total = Gram(off, np.full(blocks, word + position + tokentype))
+        total = Gram(off, diag)
         if embedding.norm_gain is not None:
             total = self._centred(total)
             total, self._feature_mean = total.scaled(embedding.norm_gain * self._norm(total)), None
         self.start = Gram(total.off, total.diag / (1.0 - self.shape.dropout))
         return self.start
+
+    def _by_position(self, embedding: Embedding, word: float, position: float, common: float, tokentype: float) -> tuple:
+        """(off, diag) of the sum where positions differ."""
+        content, waves = blocked(self.grid, embedding.positions.content), embedding.positions.waves
+        off, diag = word * content.off + common, word * content.diag + position + tokentype
+        if waves is not None:
+            off = off + position * blocked(self.grid, waves @ waves.T / waves.shape[1]).off
+            if self.shape.normalization == "LayerNorm":
+                means_of = waves.mean(axis=1)
+                self._feature_mean = blocked(self.grid, position * np.outer(means_of, means_of))
+        return off, diag
 
     def forward(self, stream: Gram, sublayers: list[Sublayer]) -> Gram:
         """Run the sublayers; open stds are solved for unit branches."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 Kind = Literal["self_attention", "cross_attention", "ffn"]
 
 
@@ -79,13 +81,27 @@ class Sublayer:
     norm_scale: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class PositionMoments:
+    """What enters a stack whose positions are not alike (patches of an image, of which neighbours resemble each other).
+
+    content: [n, n] mean overlap of the vectors at two positions, on the diagonal their second moments, in units of the mean second
+        moment of all positions.
+    waves: [n, d] fixed positions of root mean square 1, times the plan's position std; None: a random table, or no positions.
+    """
+
+    content: np.ndarray
+    waves: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
 class Embedding:
     """The embedding sum. A std is None where there is no such table.
 
     `repeat_probability`: two positions of a sequence hold the same word (pi_2); `same_type_probability`: the same token type.
     `sinusoidal`: the position part is a fixed sinusoid of root mean square `position_std` instead of a random table.
-    `norm_gain`: gain of a norm between sum and dropout; None: no such norm.
+    `norm_gain`: gain of a norm between sum and dropout; None: no such norm. `positions`: moments position by position, which take
+    the place of `repeat_probability`, and their `waves` that of the sinusoid.
     """
 
     word_std: float
@@ -95,6 +111,7 @@ class Embedding:
     same_type_probability: float = 2.0 / 3.0
     sinusoidal: bool = False
     norm_gain: float | None = None
+    positions: PositionMoments | None = None
 
 
 @dataclass(frozen=True)

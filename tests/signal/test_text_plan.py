@@ -82,8 +82,8 @@ def test_what_the_plan_would_be_without_the_length_and_the_position(small_data, 
     own = plan(task)
     untyped = task_of(configured(small_data, lines, "encoder pre, mean"))
     assert plan(untyped, length=512.0).sublayers[0].weight_std["value"] > 1.03 * plan(untyped).sublayers[0].weight_std["value"]
-    mean = plan(task, gradient_correlation=1.0, gradient_position=None)
+    mean = plan(task, gradient_correlation=1.0, read_position=None)
     assert mean.sublayers[0].gradient_variance > 4 * own.sublayers[0].gradient_variance
     decoder = task_of(configured(small_data, lines, "decoder pre, last token"))
-    anywhere, last = plan(decoder, gradient_position=None), plan(decoder)
+    anywhere, last = plan(decoder, read_position=None), plan(decoder)
     assert abs(anywhere.sublayers[0].gradient_variance / last.sublayers[0].gradient_variance - 1.0) > 0.03

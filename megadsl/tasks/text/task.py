@@ -142,7 +142,7 @@ class TextTask(Task):
     def _statistics(self) -> TokenStatistics:
         """Measured on training rows as the model reads them; Zipf's law where there are none yet."""
         at = {"gradient_correlation": 1.0 if self.pooled == "mean" else 0.0,
-              "gradient_position": self.pooled if self.pooled in ("first", "last") else None}
+              "read_position": {"first": 0, "last": -1}.get(self.pooled)}
         if not self.manifest:
             exists = Path(self.config.tokenizer.model).is_file()
             law = zipf(self.tokenizer.vocab_size if exists else DEFAULT_VOCAB_SIZE)
@@ -169,7 +169,7 @@ class TextTask(Task):
         if found.length is None:
             return f"vocabulary {found.vocab_size} (Zipf), head on the {self.pooled} token"
         return (f"vocabulary {found.vocab_size}, repeat probability {found.repeats:.4f} and mean length {found.length:.1f} in "
-                f"{found.num_tokens:,} tokens of training rows, gradient at {'the ' + self.pooled if found.gradient_position else 'all'} token(s)")
+                f"{found.num_tokens:,} tokens of training rows, gradient at {'the ' + self.pooled if found.read_position is not None else 'all'} token(s)")
 
     def splits(self, train_samples: int) -> Splits:
         return TextSplits(self, self.prepared, self.config.training.seed)

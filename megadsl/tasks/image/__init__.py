@@ -1,0 +1,1 @@
+"""Image classification: pictures in patches, one label each."""
