@@ -18,6 +18,10 @@ def evaluate(
     max_tokens: int = typer.Option(None, min=1, help="Read about so many tokens, spread over the whole split. Default: all."),
     pseudo_tokens: int = typer.Option(
         None, min=0, help="Tokens of a masked language model's pseudo-perplexity, one forward pass each; 0: none. Default: 512."),
+    num_beams: int = typer.Option(None, min=1, help="Beams of the search for what a model writes. Default: 5."),
+    length_penalty: float = typer.Option(None, min=0, help="Exponent of the length that a hypothesis's score is divided by. Default: 1."),
+    hypotheses: Path = typer.Option(None, help="Also write what the model wrote here, as JSON Lines with the references."),
+    max_examples: int = typer.Option(None, min=1, help="Read so many examples, spread over the split. Default: all."),
     tensor_parallel: int = typer.Option(1, min=1, help="Ranks that share the model, where it is larger than one device."),
     device: Literal["auto", "cpu", "cuda"] = typer.Option("auto"),
     output: Path = typer.Option(None, help="Also write the numbers here, as JSON; megadsl report shows RUN/evaluation.json."),
@@ -38,8 +42,10 @@ def evaluate(
     from megadsl.tasks.trained import load_trained
 
     task, model = load_trained(opened, device, tensor_parallel=tensor_parallel, launch=launch)
+    request = EvaluationRequest(data, split, batch_tokens, max_tokens, pseudo_tokens, num_beams, length_penalty,
+                                hypotheses and str(hypotheses), max_examples)
     try:
-        results = task.evaluate(model, EvaluationRequest(data, split, batch_tokens, max_tokens, pseudo_tokens))
+        results = task.evaluate(model, request)
     finally:
         destroy_groups()
     if not model.is_main:

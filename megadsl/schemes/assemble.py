@@ -4,7 +4,7 @@ SignalPlan."""
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megadsl.config.model import ModelConfig
@@ -122,10 +122,20 @@ def profile_of(parametrization: Parametrization, model: ModelConfig, statistics:
     # Logits are linear in the head's input, whose second moment is 1.
     head_std = parametrization.head.weight_std.get("output_head", parametrization.tables["word_embedding"])
     head = Head(model.hidden_size * (head_std * parametrization.head.hidden_scale) ** 2, parametrization.head.weight_std.get("head_dense"),
-                statistics.repeats, statistics.masking_probability, statistics.z_loss)
-    shape = model_shape(model, parametrization.norm_position)
+                (statistics.target or statistics).repeats, statistics.masking_probability, statistics.z_loss, statistics.label_smoothing)
+    shape = _with_lengths(model_shape(model, parametrization.norm_position), statistics)
+    target = statistics.target and embedding_of(parametrization, model, statistics.target)
     return propagate(shape, embedding_of(parametrization, model, statistics), parametrization.sublayers, vocab_size, level, head,
-                     statistics.gradient_correlation)
+                     statistics.gradient_correlation, target)
+
+
+def _with_lengths(shape: ModelShape, statistics: TokenStatistics) -> ModelShape:
+    """The shape at the lengths that sequences really have; padding takes no part in the signal."""
+    if statistics.length:
+        shape = replace(shape, length=max(1, round(statistics.length)))
+    if statistics.target and statistics.target.length:
+        shape = replace(shape, target_length=max(1, round(statistics.target.length)))
+    return shape
 
 
 def _input_stds(parametrization: Parametrization, statistics: TokenStatistics) -> dict[str, float]:
@@ -134,7 +144,9 @@ def _input_stds(parametrization: Parametrization, statistics: TokenStatistics) -
         return parametrization.tables
     scale = statistics.content_gain ** -0.5 if parametrization.unit_tables else 1.0
     tables = dict(parametrization.tables)
-    return {"input_projection": scale * tables.pop("word_embedding"), **tables}
+    words = tables.pop("word_embedding")
+    inner = {} if statistics.inner_projection_std is None else {"inner_projection": statistics.inner_projection_std}
+    return {**inner, "input_projection": scale * words, **({"word_embedding": words} if statistics.target else {}), **tables}
 
 
 def _head_of(parametrization: Parametrization, statistics: TokenStatistics) -> HeadPlan:

@@ -75,6 +75,10 @@ class EvaluationRequest:
     batch_tokens: int = 4096
     max_tokens: int | None = None
     pseudo_tokens: int | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    hypotheses: str | None = None
+    max_examples: int | None = None
 
 
 class Task(ABC):
@@ -233,14 +237,14 @@ class Task(ABC):
 
     def require_known(self, request: EvaluationRequest) -> None:
         """UserError at the first option of a request that the task does not read."""
-        for option in ("max_tokens", "pseudo_tokens"):
+        for option in ("max_tokens", "pseudo_tokens", "num_beams", "length_penalty", "hypotheses", "max_examples"):
             if getattr(request, option) is not None and option not in self.evaluation_options:
                 raise UserError(f"--{option.replace('_', '-')} does not go with task.name {self.name}; leave it away.")
 
     def describe_results(self, results: dict[str, float | int | None]) -> str:
         """The line that `megadsl evaluate` prints."""
         return " | ".join(f"{name.replace('_', ' ')} {value:,.4f}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value:,}"
-                          for name, value in results.items() if value is not None)
+                          for name, value in results.items() if value is not None and not isinstance(value, str))
 
     def generate(self, model: "TrainedModel", prompt: str, max_new_tokens: int, sampling: "Sampling", num_samples: int,
                  num_beams: int) -> list[str]:

@@ -88,10 +88,11 @@ class DepthProfile:
 
 def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Sublayer], vocab_size: int,
               level: Literal["matrix", "scalar"] = "matrix", head: Head | None = None,
-              gradient_correlation: float | None = None) -> DepthProfile:
+              gradient_correlation: float | None = None, target_embedding: Embedding | None = None) -> DepthProfile:
     """Predict the signal of a model; stds that a sublayer leaves open are solved for unit branches.
 
-    `gradient_correlation` replaces the one that the cross-entropy gradient would have.
+    `gradient_correlation` replaces the one that the cross-entropy gradient would have; `target_embedding` is the decoder's where the
+    two stacks of an encoder_decoder read different things.
     """
     run = _matrix if level == "matrix" else _scalar
     stacks = [name for name in ("encoder", "decoder") if any(sublayer.stack == name for sublayer in sublayers)]
@@ -102,7 +103,7 @@ def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Subla
             return gradient_correlation, (1.0, gradient_correlation)
         return _head_gradient(shape, embedding, vocab_size, head or Head(), correlation)
 
-    return run(shape, embedding, grouped, start)
+    return run(shape, {"decoder": target_embedding} if target_embedding and "encoder" in grouped else {}, embedding, grouped, start)
 
 
 def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, head: Head,
@@ -121,17 +122,17 @@ def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, hea
         r = (float(unit.overlap(np.array(r))) - mean) / (unit.second_moment - mean)
         width = below = math.inf
     repeats = embedding.repeat_probability if head.repeat_probability is None else head.repeat_probability
-    moments = [cross_entropy_overlaps(d, vocab_size, repeats, r, head.logit_variance, head.z_loss) for d in (width, below)]
+    moments = [cross_entropy_overlaps(d, vocab_size, repeats, r, head.logit_variance, head.z_loss, head.label_smoothing) for d in (width, below)]
     at_head, entering = (min(1.0, max(0.0, share * other / same)) for same, other in moments)
     return at_head, (moments[1][0] / moments[0][0], entering)
 
 
-def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
+def _matrix(shape: ModelShape, own: dict[str, Embedding], embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
     stacks: list[MatrixRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
         stack = MatrixRecursion(shape, name, memory, uniform_grid(shape.length) if memory is not None else None)
-        final = stack.final(stack.forward(stack.embed(embedding), sublayers))
+        final = stack.final(stack.forward(stack.embed(own.get(name, embedding)), sublayers))
         second, overlap = means(stack.grid, final)
         # A decoder attends to all of the memory alike, so its mean overlaps are all that counts.
         memory = Gram(np.full((1, 1), overlap), np.full(1, second))
@@ -170,13 +171,13 @@ def _point(q: float, c: float, q_g: float, c_g: float) -> Prediction:
     return Prediction(q, c / q, q_g, c_g / q_g if q_g else 0.0)
 
 
-def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
+def _scalar(shape: ModelShape, own: dict[str, Embedding], embedding: Embedding, grouped: dict[str, list[Sublayer]], start) -> DepthProfile:
     stacks: list[ScalarRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
         stack = ScalarRecursion(shape, name, memory, shape.length if memory is not None else 0)
         positions = MatrixRecursion(shape, name)
-        q, c = means(positions.grid, positions.embed(embedding))
+        q, c = means(positions.grid, positions.embed(own.get(name, embedding)))
         memory = q, r = stack.final(*stack.forward(q, c / q, sublayers))
         stacks.append(stack)
     r_g, entering = start(r)

@@ -103,7 +103,8 @@ class Head:
 
     `dense_std`: BERT's transform norm(activation(dense @ h)) stands in front of the logits; None: it does not.
     `repeat_probability`: two predicted words are equal (None: the embedding's); `predicted_share`: positions that are predicted
-    (None: 15 % in an encoder, else all); `z_loss`: coefficient of logsumexp(logits)^2 in the loss.
+    (None: 15 % in an encoder, else all); `z_loss`: coefficient of logsumexp(logits)^2 in the loss; `label_smoothing`: share of a
+    label that goes to all outputs alike.
     """
 
     logit_variance: float = 1.0
@@ -111,3 +112,4 @@ class Head:
     repeat_probability: float | None = None
     predicted_share: float | None = None
     z_loss: float = 0.0
+    label_smoothing: float = 0.0
