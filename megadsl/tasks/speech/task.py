@@ -96,7 +96,7 @@ class SpeechTranslation(TargetTextTask):
 
     def input_statistics(self) -> TokenStatistics:
         target, found, stored = self.target_statistics(), self._front_end, self.stored
-        lengths = self.positions(stored.source_lengths("train"))
+        lengths = self.positions(stored.source_lengths("train"))[:self.train_size]
         return TokenStatistics(
             target.vocab_size, found.overlap, num_tokens=int(lengths.sum()), projected_size=found.size,
             projected_second_moment=found.second_moment, inner_projection_std=found.inner_std, length=float(lengths.mean()),

@@ -129,10 +129,13 @@ class TargetTextTask(Task):
         """Each example of a split once."""
         from megadsl.tasks.target_text.samples import Examples
 
-        count = stored.size(split)
-        if split == "train":
-            count = min(count, self.options.max_train_examples or count)
+        count = self.train_size if stored is self.stored and split == "train" else stored.size(split)
         return Examples(stored, split, lambda *which: self.source(stored, *which), count)
+
+    @property
+    def train_size(self) -> int:
+        """Examples that are learnt from."""
+        return min(self.stored.size("train"), self.options.max_train_examples or self.stored.size("train"))
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -193,10 +196,9 @@ class TargetTextTask(Task):
     # The plan.
 
     def target_statistics(self) -> TokenStatistics:
-        """Of the decoder's words, as the train split has them."""
-        stored = self.stored
-        return target_statistics([stored.target("train", index) for index in range(stored.size("train"))], self.tokenizer.vocab_size,
-                                 self.tokenizer.eos)
+        """Of the decoder's words, as the training examples have them."""
+        targets = [self.stored.target("train", index) for index in range(self.train_size)]
+        return target_statistics(targets, self.tokenizer.vocab_size, self.tokenizer.eos)
 
     def validation_note(self) -> str:
         return f"unigram entropy of the targets: {self.target_statistics().unigram_entropy:.4f}"
