@@ -167,5 +167,5 @@ def embedding_of(parametrization: Parametrization, model: ModelConfig, statistic
         word_std=scale * tables["word_embedding"], position_std=tables.get("position_embedding"),
         tokentype_std=tables.get("tokentype_embedding"), repeat_probability=statistics.input_repeats,
         same_type_probability=same_type, sinusoidal=model.position_embedding_type == "sinusoidal",
-        norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None,
+        norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None, spread=statistics.spread,
     )

@@ -39,6 +39,8 @@ class TokenStatistics:
             chooses it; the moments above are those of what the second one reads).
         label_smoothing: share of a label's probability that goes to all outputs alike.
         length: mean number of positions of a sequence that are not padding; None: all of the model's.
+        spread: second moments of what is projected, of equal shares of all positions in ascending order, over their mean (loud and
+            silent frames of speech); (): all positions alike.
         target: of an encoder_decoder whose two sides read different things: what the decoder reads and predicts; None: the same.
         gradient_correlation: of the gradient at the head's input; None: that of a cross-entropy at every position. A head that
             reads one token gives 0, one that reads the mean of all gives 1.
@@ -58,6 +60,7 @@ class TokenStatistics:
     inner_projection_std: float | None = None
     label_smoothing: float = 0.0
     length: float | None = None
+    spread: tuple[float, ...] = ()
     target: "TokenStatistics | None" = None
 
     @property

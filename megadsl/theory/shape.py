@@ -85,7 +85,8 @@ class Embedding:
 
     `repeat_probability`: two positions of a sequence hold the same word (pi_2); `same_type_probability`: the same token type.
     `sinusoidal`: the position part is a fixed sinusoid of root mean square `position_std` instead of a random table.
-    `norm_gain`: gain of a norm between sum and dropout; None: no such norm.
+    `norm_gain`: gain of a norm between sum and dropout; None: no such norm. `spread`: second moments of the word part of equal
+    shares of the positions over their mean; (): all alike.
     """
 
     word_std: float
@@ -95,6 +96,7 @@ class Embedding:
     same_type_probability: float = 2.0 / 3.0
     sinusoidal: bool = False
     norm_gain: float | None = None
+    spread: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 STRIDE = 4
 KERNEL, HOP, EDGE = 5, 2, 2
+SHARES = 32  # of the positions, by energy
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class FrontEnd:
         size: its inputs.
         second_moment: per input, so that std^2 size second_moment is that of its output.
         overlap: of two positions of an utterance over the second moment.
+        spread: second moments of equal shares of the positions over their mean, ascending (TokenStatistics.spread).
         inner_std: of the first convolution's weights, which gives its pre-activations second moment 1; None: there is none.
         utterances: measured.
     """
@@ -33,6 +35,7 @@ class FrontEnd:
     size: int
     second_moment: float
     overlap: float
+    spread: tuple[float, ...]
     inner_std: float | None
     utterances: int
 
@@ -53,7 +56,9 @@ def front_end_moments(utterances: list[np.ndarray], kind: str, channels: int) ->
     pairs = sum(len(gram) * (len(gram) - 1) for gram in grams)
     second = squares / positions
     overlap = (sum(float(gram.sum()) for gram in grams) - squares) / max(pairs, 1)
-    return FrontEnd(size, float(second / size), float(overlap / second), inner, len(utterances))
+    energies = np.sort(np.concatenate([np.diag(gram) for gram in grams])) / second
+    spread = tuple(float(part.mean()) for part in np.array_split(energies, min(SHARES, len(energies))))
+    return FrontEnd(size, float(second / size), float(overlap / second), spread, inner, len(utterances))
 
 
 def relu_overlap(gram: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ class SpeechTranslation(TargetTextTask):
         lengths = self.positions(stored.source_lengths("train"))[:self.train_size]
         return TokenStatistics(
             target.vocab_size, found.overlap, num_tokens=int(lengths.sum()), projected_size=found.size,
-            projected_second_moment=found.second_moment, inner_projection_std=found.inner_std, length=float(lengths.mean()),
+            projected_second_moment=found.second_moment, inner_projection_std=found.inner_std, length=float(lengths.mean()), spread=found.spread,
             target=target, label_smoothing=self.options.label_smoothing,
         )
 
