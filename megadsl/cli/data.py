@@ -130,6 +130,31 @@ def speech(
     _say_skipped(made)
 
 
+@app.command()
+def parallel(
+    table: Path = typer.Argument(..., help="TSV with the columns src_text, tgt_text; also id, document, split"),
+    output: Path = typer.Option(..., help="dataset folder to write"),
+    tokenizer: Path = typer.Option(None, help="SentencePiece .model of both sides (default: one is trained on the train split)"),
+    vocab_size: int = typer.Option(4000, min=1, help="pieces of the tokenizer that is trained, of which 256 are bytes"),
+    type: Literal["unigram", "bpe"] = typer.Option("unigram", help="how its pieces are found"),
+    max_tokens: int = typer.Option(128, min=2, help="rows with more on a side, its end included, are bad rows"),
+    validation_fraction: float = typer.Option(0.02, help="share of the validation split, by the hash of the document; a column split overrides it"),
+    test_fraction: float = typer.Option(0.02, help="share of the test split, likewise"),
+    limit: int = typer.Option(None, min=1, help="read so many rows only"),
+    skip_bad_rows: bool = typer.Option(False, help="leave rows out that cannot be used, and count them"),
+) -> None:
+    """Parallel texts -> a dataset for task.name=translation."""
+    from megadsl.tasks.target_text.rows import checked_fractions
+    from megadsl.tasks.translation.prepare import ParallelSettings, prepare_parallel
+
+    settings = ParallelSettings(vocab_size, type, max_tokens, checked_fractions(validation_fraction, test_fraction), limit)
+    made, reused = prepare_parallel(table, output, settings, tokenizer, skip_bad_rows)
+    typer.echo(f"{output}/parallel.json: {_made(reused)}, {made['vocab_size']} pieces")
+    for split, counts in made["splits"].items():
+        typer.echo(f"  {split:<10} {counts['examples']:>9} pairs")
+    _say_skipped(made)
+
+
 def _say_skipped(made: dict) -> None:
     for reason, count in made["skipped_rows"].items():
         typer.echo(f"  left out: {count} rows, because each {reason}")

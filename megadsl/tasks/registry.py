@@ -16,6 +16,7 @@ TASKS = {
     "causal_language_modeling": "megadsl.tasks.language.causal:CausalLanguageModeling",
     "masked_language_modeling": "megadsl.tasks.language.masked:MaskedLanguageModeling",
     "denoising": "megadsl.tasks.language.denoising:Denoising",
+    "translation": "megadsl.tasks.translation.task:Translation",
     "speech_translation": "megadsl.tasks.speech.task:SpeechTranslation",
 }
 GROUP = "megadsl.tasks"

@@ -118,7 +118,7 @@ def _write_features(rows: list[Row], manifest: Path, output: Path, settings: Spe
                     continue
                 file.write(features.tobytes())
                 text = row.values[settings.target_column]
-                examples.add(row.values["id"], split_of(row, text, settings.fractions), text)
+                examples.add(row.values["id"], split_of(row, text, settings.fractions), text, row.where)
                 lengths.append(len(features))
             advance(len(chunk))
     return examples, np.array(lengths, np.int64)

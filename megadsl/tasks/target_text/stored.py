@@ -9,7 +9,6 @@ plus what the task's sources need.
 
 import io
 import json
-import shutil
 import zipfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -35,11 +34,14 @@ class TextExamples:
         self.ids: list[str] = []
         self.splits: list[str] = []
         self.texts: list[str] = []
+        self.where: list[str] = []
 
-    def add(self, example: str, split: str, text: str) -> None:
+    def add(self, example: str, split: str, text: str, where: str) -> None:
+        """`where`: file and row."""
         self.ids.append(example)
         self.splits.append(split)
         self.texts.append(text)
+        self.where.append(where)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,7 +79,7 @@ def write_targets(output: Path, examples: TextExamples, tokenizer: Path | None, 
         if tokenizer is None:
             temporary.write_bytes(train_on_lines([*train, *more_lines], vocab_size, model_type, num_sentinels=0))
         else:
-            shutil.copyfile(tokenizer, temporary)
+            temporary.write_bytes(Tokenizer.load(tokenizer).content)
     loaded = Tokenizer.load(output / TOKENIZER)
     arrays = {}
     for split in SPLITS:
