@@ -96,15 +96,77 @@ def show(
 
 @app.command()
 def fetch(
-    name: Literal["fashion-mnist"] = typer.Argument(..., help="which data set"),
+    name: Literal["fashion-mnist", "fillets-ng"] = typer.Argument(
+        ..., help="fashion-mnist: images (MIT); fillets-ng: Czech speech, English texts (GPL-2)"),
     output: Path = typer.Option(..., help="folder to write; what is there already is used again"),
 ) -> None:
     """Fetch a free data set that Debian packages (apt-get download; nothing is installed)."""
     from megadsl.tasks.image.fetch import fetch_fashion_mnist
+    from megadsl.tasks.speech.fillets import fetch_fillets
 
-    fetchers = {"fashion-mnist": fetch_fashion_mnist}
-    reused = fetchers[name](output)
-    typer.echo(f"{output}: {name} {'is there already' if reused else 'fetched'}")
+    if name == "fashion-mnist":
+        typer.echo(f"{output}: {name} {'is there already' if fetch_fashion_mnist(output) else 'fetched'}")
+    else:
+        manifest, count = fetch_fillets(output)
+        typer.echo(f"{manifest}: {count} utterances of {name}")
+
+
+@app.command()
+def speech(
+    manifest: Path = typer.Argument(..., help="TSV with the columns id, audio, n_frames, tgt_text (fairseq's); also split, src_text"),
+    output: Path = typer.Option(..., help="dataset folder to write"),
+    target_column: Literal["tgt_text", "src_text"] = typer.Option("tgt_text", help="what is written: a translation, or the transcript"),
+    tokenizer: Path = typer.Option(None, help="SentencePiece .model of the targets (default: one is trained on the train split)"),
+    vocab_size: int = typer.Option(1000, min=1, help="pieces of the tokenizer that is trained, of which 256 are bytes"),
+    type: Literal["unigram", "bpe"] = typer.Option("unigram", help="how its pieces are found"),
+    min_frames: int = typer.Option(5, min=1, help="shorter utterances are bad rows (a frame is 10 ms)"),
+    max_frames: int = typer.Option(3000, min=1, help="longer utterances are bad rows"),
+    validation_fraction: float = typer.Option(0.05, help="share of the validation split, by the hash of the target text; a column split overrides it"),
+    test_fraction: float = typer.Option(0.05, help="share of the test split, likewise"),
+    limit: int = typer.Option(None, min=1, help="read so many rows only"),
+    workers: int = typer.Option(None, min=1, help="processes (default: all cores); the result is the same"),
+    skip_bad_rows: bool = typer.Option(False, help="leave rows out that cannot be used, and count them"),
+) -> None:
+    """Utterances -> a dataset: log-mel filter banks, computed once and memory-mapped, and target texts with a tokenizer of their own."""
+    from megadsl.tasks.speech.prepare import SpeechSettings, prepare_speech
+    from megadsl.tasks.target_text.rows import checked_fractions
+
+    settings = SpeechSettings(target_column, vocab_size, type, min_frames, max_frames, checked_fractions(validation_fraction, test_fraction), limit)
+    made, reused = prepare_speech(manifest, output, settings, tokenizer, workers, skip_bad_rows)
+    typer.echo(f"{output}/speech.json: {_made(reused)}, {made['num_bins']} filter banks, {made['vocab_size']} target pieces")
+    for split, counts in made["splits"].items():
+        typer.echo(f"  {split:<10} {counts['examples']:>9} utterances {counts['frames'] / 6000:>10.1f} minutes")
+    _say_skipped(made)
+
+
+@app.command()
+def parallel(
+    table: Path = typer.Argument(..., help="TSV with the columns src_text, tgt_text; also id, document, split"),
+    output: Path = typer.Option(..., help="dataset folder to write"),
+    tokenizer: Path = typer.Option(None, help="SentencePiece .model of both sides (default: one is trained on the train split)"),
+    vocab_size: int = typer.Option(4000, min=1, help="pieces of the tokenizer that is trained, of which 256 are bytes"),
+    type: Literal["unigram", "bpe"] = typer.Option("unigram", help="how its pieces are found"),
+    max_tokens: int = typer.Option(128, min=2, help="rows with more on a side, its end included, are bad rows"),
+    validation_fraction: float = typer.Option(0.02, help="share of the validation split, by the hash of the document; a column split overrides it"),
+    test_fraction: float = typer.Option(0.02, help="share of the test split, likewise"),
+    limit: int = typer.Option(None, min=1, help="read so many rows only"),
+    skip_bad_rows: bool = typer.Option(False, help="leave rows out that cannot be used, and count them"),
+) -> None:
+    """Parallel texts -> a dataset for task.name=translation."""
+    from megadsl.tasks.target_text.rows import checked_fractions
+    from megadsl.tasks.translation.prepare import ParallelSettings, prepare_parallel
+
+    settings = ParallelSettings(vocab_size, type, max_tokens, checked_fractions(validation_fraction, test_fraction), limit)
+    made, reused = prepare_parallel(table, output, settings, tokenizer, skip_bad_rows)
+    typer.echo(f"{output}/parallel.json: {_made(reused)}, {made['vocab_size']} pieces")
+    for split, counts in made["splits"].items():
+        typer.echo(f"  {split:<10} {counts['examples']:>9} pairs")
+    _say_skipped(made)
+
+
+def _say_skipped(made: dict) -> None:
+    for reason, count in made["skipped_rows"].items():
+        typer.echo(f"  left out: {count} rows, because each {reason}")
 
 
 def _made(reused: bool) -> str:

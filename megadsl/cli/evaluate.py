@@ -22,6 +22,10 @@ def evaluate(
     corruptions: bool = typer.Option(False, "--corruptions", help="Images: also corrupt them in 15 ways at 5 severities, as ImageNet-C."),
     corrupted: Path = typer.Option(None, help="Images: also read a folder of corrupted ones, CORRUPTION/SEVERITY/CLASS/PICTURE."),
     figures: Path = typer.Option(None, help="Images: write figures of confusion, calibration and corruptions into this folder."),
+    num_beams: int = typer.Option(None, min=1, help="Beams of the search for what a model writes. Default: 5."),
+    length_penalty: float = typer.Option(None, min=0, help="Exponent of the length that a hypothesis's score is divided by. Default: 1."),
+    hypotheses: Path = typer.Option(None, help="Also write what the model wrote here, as JSON Lines with the references."),
+    max_examples: int = typer.Option(None, min=1, help="Read so many examples, spread over the split. Default: all."),
     tensor_parallel: int = typer.Option(1, min=1, help="Ranks that share the model, where it is larger than one device."),
     device: Literal["auto", "cpu", "cuda"] = typer.Option("auto"),
     output: Path = typer.Option(None, help="Also write the numbers here, as JSON; megadsl report shows RUN/evaluation.json."),
@@ -42,9 +46,11 @@ def evaluate(
     from megadsl.tasks.trained import load_trained
 
     task, model = load_trained(opened, device, tensor_parallel=tensor_parallel, launch=launch)
+    request = EvaluationRequest(
+        data, split, batch_tokens, max_tokens, pseudo_tokens, max_samples, corruptions or None, corrupted, figures,
+        num_beams, length_penalty, hypotheses, max_examples)
     try:
-        results = task.evaluate(model, EvaluationRequest(
-            data, split, batch_tokens, max_tokens, pseudo_tokens, max_samples, corruptions or None, corrupted, figures))
+        results = task.evaluate(model, request)
     finally:
         destroy_groups()
     if not model.is_main:

@@ -12,16 +12,12 @@ import shutil
 import socket
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -32,13 +28,12 @@ from megadsl.data.corpus import SPLITS, build_corpus, load_corpus, read_lines, r
 from megadsl.data.dataset import INDEX, FORMAT, MANIFEST, STATISTICS, TOKENIZER
 from megadsl.data.atomic_files import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
 from megadsl.data.progress_bar import progress
+from megadsl.data.worker_pool import ordered_map
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 from megadsl.parallel.launch import mpi_world
 
 _BATCH_CHARS = 500_000
-# Batches under way per worker: enough to keep all busy, few enough that a large corpus never piles up in memory.
-_BATCHES_AHEAD = 3
 # Under MPI: bytes of corpus lines a shard; more where that would make more files than this. Neither depends on the ranks.
 _SHARD_BYTES = 1_000_000
 _MAX_SHARDS = 4096
@@ -184,7 +179,7 @@ def _write_dataset(job: _Job, sharded: bool, workers: int) -> dict:
     documents = {split: source[split]["documents"] for split in SPLITS}
     splits, file_bytes = {}, {}
     with ExitStack() as stack:
-        run = None if sharded else stack.enter_context(_ordered_map(workers))
+        run = None if sharded else stack.enter_context(ordered_map(workers))
         verb = "joining " if sharded else ""
         advance = stack.enter_context(progress(f"dataset: {verb}{sum(documents.values())} documents", sum(documents.values())))
         for split in SPLITS:
@@ -326,30 +321,6 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-@contextmanager
-def _ordered_map(workers: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """map(function, items) in order, over `workers` processes, never far ahead of its reader."""
-    if workers <= 1:
-        yield map
-        return
-    # fork: a worker needs SentencePiece only, and a fresh interpreter would import torch and Megatron first (4 s).
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-
-        def ordered(function: Callable, items: Iterable) -> Iterator:
-            ahead = deque()
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) >= workers * _BATCHES_AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-
-        try:
-            yield ordered
-        except BrokenProcessPool as error:
-            raise UserError("A preprocessing worker was killed (out of memory?); try again with fewer --workers.") from error
 
 
 @lru_cache(maxsize=1)

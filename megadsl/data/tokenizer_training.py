@@ -5,7 +5,7 @@ FILE.model is the tokenizer; FILE.json says what it was made from. The same corp
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -48,7 +48,7 @@ def train_tokenizer(
     if not manifest["splits"]["train"]["documents"]:
         raise UserError(f"The train split of {corpus} is empty; make the corpus from more text.")
     with progress(f"tokenizer: {model_type}, {vocab_size} pieces", total=1):
-        model = _train(_sample(corpus, max_lines), vocab_size, model_type, num_sentinels)
+        model = train_on_lines(_sample(corpus, max_lines), vocab_size, model_type, num_sentinels)
     make_folder(output.parent)
     record.unlink(missing_ok=True)
     with written_atomically(output) as temporary:
@@ -74,11 +74,12 @@ def _sample(corpus: Path, max_lines: int) -> Iterator[str]:
     return (line.replace("\0", " ") for index, line in enumerate(_lines(corpus)) if step < 2 or index % step == 0)
 
 
-def _train(lines: Iterator[str], vocab_size: int, model_type: str, num_sentinels: int) -> bytes:
+def train_on_lines(lines: Iterable[str], vocab_size: int, model_type: str, num_sentinels: int) -> bytes:
+    """The bytes of a SentencePiece model learnt from `lines`; UserError where they do not go with the vocabulary's size."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type=model_type, vocab_size=vocab_size, minloglevel=2,
+            sentence_iterator=iter(lines), model_writer=model, model_type=model_type, vocab_size=vocab_size, minloglevel=2,
             # Any text round-trips: nothing is normalised, no space is added or removed, unknown characters become bytes.
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True,
             # Runs of spaces may be one piece (indentation); on Python sources this takes a third off the token count.

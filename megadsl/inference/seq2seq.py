@@ -11,6 +11,7 @@ import torch
 
 from megadsl.data.tokenizer import MASK_PIECE, SENTINEL_PIECE, Tokenizer
 from megadsl.errors import UserError
+from megadsl.inference.beam_search import beam_search
 from megadsl.inference.generate import run_cached, sample
 from megadsl.inference.load import TrainedModel
 from megadsl.inference.sampling import Sampling
@@ -20,23 +21,36 @@ from megadsl.model.cache import KeyValueCache
 
 
 class Decoding:
-    """One encoded source, and the logits of what may follow it."""
+    """Encoded sources, and the logits of what may follow them.
 
-    def __init__(self, model: TrainedModel, source: list[int], num_rows: int):
+    Args:
+        sources: what the encoder reads of a batch, by name, on the model's device.
+        copies: rows of the decoder for every source, behind each other.
+    """
+
+    def __init__(self, model: TrainedModel, sources: dict[str, torch.Tensor], copies: int):
         calls = model.network.calls()
         start = next(index for index, (entry, _) in enumerate(calls) if entry.name == TARGET_WORDS)
-        self._decoder = calls[start:]
-        value = Activations(source_tokens=torch.tensor([source] * num_rows, device=model.device))
-        if "source_segments" in model.definition.inputs:
-            value = value.replace(source_segments=torch.ones_like(value["source_tokens"]))
+        self._decoder, self.device = calls[start:], model.device
+        value = Activations(sources)
         for _, call in calls[:start]:
             value = call(value)
-        self._encoded, self.device = value, model.device
-        self.cache = KeyValueCache(num_rows, model.config.model.target_length)
+        # The batch is the second dimension of the hidden state and the first of all context.
+        self._encoded = Activations((name, tensor.repeat_interleave(copies, dim=1 if name == "hidden" else 0)) for name, tensor in value.items())
+        self.rows = self._encoded.hidden.size(1)
+        self.cache = KeyValueCache(self.rows, model.config.model.target_length)
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [b, 1] -> logits [b, v]."""
         return run_cached(self._decoder, self._encoded.replace(target_tokens=tokens), self.cache, tokens.size(1))
+
+
+def decoding_of_tokens(model: TrainedModel, source: list[int], copies: int) -> Decoding:
+    """One source of token ids, unpadded."""
+    sources = {"source_tokens": torch.tensor([source], device=model.device)}
+    if "source_segments" in model.definition.inputs:
+        sources["source_segments"] = torch.ones_like(sources["source_tokens"])
+    return Decoding(model, sources, copies)
 
 
 @torch.inference_mode()
@@ -61,45 +75,14 @@ def generate_target(model: TrainedModel, prompt: str, max_new_tokens: int, sampl
         )
     steps = min(max_new_tokens, shape.target_length)
     if num_beams > 1:
-        decoding = Decoding(model, source, num_beams)
-        rows = beam_search(decoding, tokenizer.bos, tokenizer.eos, tokenizer.vocab_size, steps, num_beams)[:num_samples]
+        decoding = decoding_of_tokens(model, source, num_beams)
+        found = beam_search(decoding, tokenizer.bos, tokenizer.eos, tokenizer.vocab_size, steps, num_beams)[0]
+        rows = [row for _, row in found[:num_samples]]
     else:
         start = torch.full((num_samples, 1), tokenizer.bos, device=model.device)
-        rows = sample(Decoding(model, source, num_samples).next_logits, start, steps, sampling, tokenizer.eos,
+        rows = sample(decoding_of_tokens(model, source, num_samples).next_logits, start, steps, sampling, tokenizer.eos,
                       tokenizer.vocab_size)
     return [decode_marked(tokenizer, row) for row in rows]
-
-
-def beam_search(decoding: Decoding, start: int, end: int, vocab_size: int, steps: int, num_beams: int) -> list[list[int]]:
-    """The likeliest targets found, best first, by mean log-probability per token (the end counted as one)."""
-    device = decoding.device
-    tokens = torch.full((num_beams, 1), start, device=device)
-    # All beams start equal: only the first may branch.
-    scores = torch.full((num_beams,), -torch.inf, device=device)
-    scores[0] = 0.0
-    rows: list[list[int]] = [[] for _ in range(num_beams)]
-    finished: list[tuple[float, list[int]]] = []
-    for step in range(1, steps + 1):
-        log_probability = decoding.next_logits(tokens)[:, :vocab_size].float().log_softmax(dim=-1)
-        best, flat = (scores[:, None] + log_probability).flatten().topk(2 * num_beams)
-        kept = []
-        for score, index in zip(best.tolist(), flat.tolist(), strict=True):
-            beam, token = divmod(index, vocab_size)
-            if token == end:
-                finished.append((score / step, rows[beam]))
-            elif len(kept) < num_beams:
-                kept.append((score, beam, token))
-        finished = sorted(finished, key=lambda pair: -pair[0])[:num_beams]
-        # A beam can only lose probability; its mean may still rise, so the bound is its score over the longest length.
-        if len(finished) == num_beams and finished[-1][0] >= kept[0][0] / steps:
-            break
-        rows = [[*rows[beam], token] for _, beam, token in kept]
-        scores = torch.tensor([score for score, _, _ in kept], device=device)
-        decoding.cache.swap_key_value_dict(torch.tensor([beam for _, beam, _ in kept], device=device))
-        tokens = torch.tensor([[token] for _, _, token in kept], device=device)
-    else:
-        finished += [(float(score) / steps, row) for score, row in zip(scores, rows, strict=True)]
-    return [row for _, row in sorted(finished, key=lambda pair: -pair[0])[:num_beams]]
 
 
 def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:

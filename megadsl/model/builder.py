@@ -15,7 +15,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megadsl.config import Config
 from megadsl.config.model import ModelConfig
 from megadsl.model.activations import Activations
-from megadsl.model.embedding import EmbeddingSum, RelativePositions, TargetWords, WordEmbedding
+from megadsl.model.embedding import EmbeddingSum, RelativePositions, TargetEmbedding, TargetWords, WordEmbedding
 from megadsl.model.head import MaskedHead, OutputBias, OutputHead, TiedHead
 from megadsl.model.init import tag_norm
 from megadsl.model.layer import ACTIVATIONS, Layer, transformer_config
@@ -67,6 +67,12 @@ class ModelBuilder:
     def target_words(self) -> LayerEntry:
         """The decoder's hidden state from "target_tokens" and the shared word table."""
         return LayerEntry(TARGET_WORDS, None, tied_key="word_embedding", tied_forward=TargetWords())
+
+    def target_embedding(self) -> LayerEntry:
+        """The decoder's hidden state from "target_tokens" and a word table of the decoder's own, which a tied head shares."""
+        std = self.plan.embedding.weight_std["word_embedding"]
+        return LayerEntry(TARGET_WORDS, partial(TargetEmbedding, self.core, self.padded_vocab_size, std),
+                          tied_key="word_embedding" if self.tied else None)
 
     def embedding_sum(self, name: str, max_positions: int, reset_positions: bool = False, waves: np.ndarray | None = None) -> LayerEntry:
         """Positions, token types, norm and dropout; uses "tokentypes" up, and "segments" where positions start anew in each. `waves`

@@ -144,13 +144,23 @@ class MemoryAttention(CrossAttention):
         super().__init__(config, submodules, layer_number, **arguments)
         norm = (lambda: WrappedTorchNorm(config, config.kv_channels, config.layernorm_epsilon)) if qk_layernorm else lambda: None
         self.q_layernorm, self.k_layernorm = norm(), norm()
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def forward(self, hidden_states, attention_mask, inference_context=None, **arguments):
-        # The context caches keys of tokens that come one after the other; the memory is all there from the first on.
-        return super().forward(hidden_states, attention_mask, inference_context=None, **arguments)
+        # Megatron's cache is for keys of tokens that come one after the other; the memory is all there from the first on.
+        self._kept = None if inference_context is None else inference_context.memory
+        try:
+            return super().forward(hidden_states, attention_mask, inference_context=None, **arguments)
+        finally:
+            self._kept = None
 
     def get_query_key_value_tensors(self, hidden_states, key_value_states, **arguments):
+        if self._kept is not None and self.layer_number in self._kept:
+            query = self.linear_q(hidden_states)[0].unflatten(-1, (-1, self.hidden_size_per_attention_head))
+            return (query if self.q_layernorm is None else self.q_layernorm(query)), *self._kept[self.layer_number]
         query, key, value = super().get_query_key_value_tensors(hidden_states, key_value_states, **arguments)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if self._kept is not None:
+            self._kept[self.layer_number] = key, value
         return query, key, value

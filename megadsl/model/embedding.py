@@ -58,6 +58,16 @@ class TargetWords:
         return value.without("target_tokens").replace(hidden=embedding.embed(tokens), memory=memory)
 
 
+class TargetEmbedding(WordEmbedding):
+    """The same for a decoder with a word table of its own, where the encoder reads no words or those of another vocabulary."""
+
+    def __init__(self, config: TransformerConfig, padded_vocab_size: int, std: float):
+        super().__init__(config, padded_vocab_size, std, "target_tokens")
+
+    def forward(self, value: Activations) -> Activations:
+        return TargetWords()(self, value)
+
+
 class EmbeddingSum(torch.nn.Module):
     """Adds positions and token types to the words' hidden state, normalises the sum where the model does, and drops out.
 

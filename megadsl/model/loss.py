@@ -22,6 +22,18 @@ def token_losses_and_log_normalizers(logits: torch.Tensor, labels: torch.Tensor)
     return losses.transpose(0, 1), normalizers.transpose(0, 1)
 
 
+def smoothed_token_losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float, vocab_size: int) -> torch.Tensor:
+    """Cross-entropy against (1 - e) label + e / v over the v = `vocab_size` real pieces (arXiv 1512.00567, section 7), both [b, s].
+
+    -sum_i t_i log p_i = (1 - e) cross-entropy + e (Z - mean_i x_i). Not by Megatron's label_smoothing: its mean runs over the slice
+    of one tensor-parallel rank and over the padding of the vocabulary.
+    """
+    losses, normalizers = token_losses_and_log_normalizers(logits, labels)
+    real = min(max(vocab_size - tensor_group().rank() * logits.size(-1), 0), logits.size(-1))
+    mean = tensor_parallel.reduce_from_tensor_model_parallel_region(logits[..., :real].float().sum(dim=-1)) / vocab_size
+    return (1.0 - smoothing) * losses + smoothing * (normalizers - mean.transpose(0, 1))
+
+
 class _LossesAndLogNormalizers(torch.autograd.Function):
     """Cross-entropy Z - x_label and Z = ln sum_i e^{x_i} together, from one softmax p: Megatron's function keeps Z to itself.
 

@@ -70,6 +70,13 @@ def sum_over_data_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather_over_data_ranks(value: object) -> list:
+    """What every data-parallel rank gives, in their order; any object that can be pickled."""
+    found = [None] * dist.get_world_size(data_group())
+    dist.all_gather_object(found, value, group=data_group())
+    return found
+
+
 def sum_over_replicas_and_stages(values: torch.Tensor) -> torch.Tensor:
     """`values` summed over data-parallel ranks and pipeline stages, in place: all ranks get what the last stage found, where the
     others give zeros."""

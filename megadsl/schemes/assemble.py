@@ -122,12 +122,20 @@ def profile_of(parametrization: Parametrization, model: ModelConfig, statistics:
     # Logits are linear in the head's input, whose second moment is 1.
     head_std = parametrization.head.weight_std.get("output_head", parametrization.tables["word_embedding"])
     head = Head(model.hidden_size * (head_std * parametrization.head.hidden_scale) ** 2, parametrization.head.weight_std.get("head_dense"),
-                statistics.repeats, statistics.masking_probability, statistics.z_loss)
-    shape = model_shape(model, parametrization.norm_position)
-    if statistics.length is not None:
-        shape = replace(shape, length=max(2, round(statistics.length)))
+                (statistics.target or statistics).repeats, statistics.masking_probability, statistics.z_loss, statistics.label_smoothing)
+    shape = _with_lengths(model_shape(model, parametrization.norm_position), statistics)
+    target = statistics.target and embedding_of(parametrization, model, statistics.target)
     return propagate(shape, embedding_of(parametrization, model, statistics), parametrization.sublayers, vocab_size, level, head,
-                     statistics.gradient_correlation, statistics.read_position)
+                     statistics.gradient_correlation, statistics.read_position, target)
+
+
+def _with_lengths(shape: ModelShape, statistics: TokenStatistics) -> ModelShape:
+    """The shape at the lengths that sequences really have; padding takes no part in the signal."""
+    if statistics.length:
+        shape = replace(shape, length=max(1, round(statistics.length)))
+    if statistics.target and statistics.target.length:
+        shape = replace(shape, target_length=max(1, round(statistics.target.length)))
+    return shape
 
 
 def _input_stds(parametrization: Parametrization, statistics: TokenStatistics) -> dict[str, float]:
@@ -136,9 +144,10 @@ def _input_stds(parametrization: Parametrization, statistics: TokenStatistics) -
         return parametrization.tables
     scale = statistics.content_gain ** -0.5 if parametrization.unit_tables else 1.0
     tables = dict(parametrization.tables)
-    std = scale * tables.pop("word_embedding")
-    token = {"class_token": std * statistics.content_gain ** 0.5} if statistics.class_token else {}
-    return {"input_projection": std, **token, **tables}
+    words = tables.pop("word_embedding")
+    inner = {} if statistics.inner_projection_std is None else {"inner_projection": statistics.inner_projection_std}
+    token = {"class_token": scale * words * statistics.content_gain ** 0.5} if statistics.class_token else {}
+    return {**inner, "input_projection": scale * words, **token, **({"word_embedding": words} if statistics.target else {}), **tables}
 
 
 def _head_of(parametrization: Parametrization, statistics: TokenStatistics) -> HeadPlan:
@@ -160,4 +169,5 @@ def embedding_of(parametrization: Parametrization, model: ModelConfig, statistic
         tokentype_std=tables.get("tokentype_embedding"), repeat_probability=statistics.input_repeats,
         same_type_probability=same_type, sinusoidal=model.position_embedding_type == "sinusoidal",
         norm_gain=parametrization.embedding_gain if model.embedding_layernorm else None, positions=statistics.positions,
+        spread=statistics.spread,
     )

@@ -6,7 +6,8 @@ lambda^2 + beta^2 = 1; every other scheme says itself what the two are.
 
 Standard deviations are given by role. Roles of a sublayer: query, key, value, attention_output (attention), fc1, fc2 (ffn; fc1
 serves gate and up of a gated unit alike). Roles of the embedding: word_embedding (or input_projection, where vectors come in
-instead of words, and class_token, where one stands in front of them), position_embedding, tokentype_embedding.
+instead of words, behind an inner_projection where they take two steps, and class_token, where one stands in front of them),
+position_embedding, tokentype_embedding.
 Roles of the head: output_head, only where it is not tied; head_dense, only in an encoder (BERT's transform).
 
 Predictions are per coordinate of the residual stream: forward_variance is the second moment, averaged over positions;

@@ -21,6 +21,8 @@ TASKS = {
     "multiple_choice": "megadsl.tasks.text.multiple_choice:MultipleChoice",
     "question_answering": "megadsl.tasks.text.question_answering:QuestionAnswering",
     "image_classification": "megadsl.tasks.image.task:ImageClassification",
+    "translation": "megadsl.tasks.translation.task:Translation",
+    "speech_translation": "megadsl.tasks.speech.task:SpeechTranslation",
 }
 GROUP = "megadsl.tasks"
 # What a model of a family learns where task.name does not say.

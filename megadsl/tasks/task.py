@@ -80,6 +80,10 @@ class EvaluationRequest:
     corruptions: bool | None = None
     corrupted: Path | None = None
     figures: Path | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    hypotheses: Path | None = None
+    max_examples: int | None = None
 
 
 class Task(ABC):
@@ -252,7 +256,7 @@ class Task(ABC):
     def describe_results(self, results: dict[str, float | int | None]) -> str:
         """The line that `megadsl evaluate` prints."""
         return " | ".join(f"{name.replace('_', ' ')} {value:,.4f}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value:,}"
-                          for name, value in results.items() if value is not None)
+                          for name, value in results.items() if value is not None and not isinstance(value, str))
 
     def generate(self, model: "TrainedModel", prompt: str, max_new_tokens: int, sampling: "Sampling", num_samples: int,
                  num_beams: int) -> list[str]:

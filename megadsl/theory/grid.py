@@ -35,6 +35,11 @@ class Grid:
         return np.interp(np.arange(1, self.length + 1), self.centres, values)
 
 
+def block_means(grid: Grid, values: np.ndarray) -> np.ndarray:
+    """One value per position -> their mean in every block."""
+    return np.add.reduceat(values, grid.starts.astype(int)) / grid.sizes
+
+
 def uniform_grid(length: int) -> Grid:
     """One block: positions that cannot be told apart (bidirectional attention)."""
     return Grid(np.array([float(length)]), np.zeros(1))

@@ -35,9 +35,15 @@ class TokenStatistics:
             repeat_probability is the mean overlap of two vectors of a sequence over their second moment.
         projected_second_moment: of those vectors, per coordinate.
         z_loss: coefficient of logsumexp(logits)^2 beside the cross-entropy.
+        inner_projection_std: of the weights in front of that projection, where vectors go through two layers on their way in (the task
+            chooses it; the moments above are those of what the second one reads).
+        label_smoothing: share of a label's probability that goes to all outputs alike.
+        spread: second moments of what is projected, of equal shares of all positions in ascending order, over their mean (loud and
+            silent frames of speech); (): all positions alike.
+        target: of an encoder_decoder whose two sides read different things: what the decoder reads and predicts; None: the same.
         gradient_correlation: of the gradient at the head's input; None: that of a cross-entropy at every position. A head that
             reads one token gives 0, one that reads the mean of all gives 1.
-        length: positions of a sequence that are not padding, their harmonic mean (attention averages over 1/length); None: all.
+        length: positions of a sequence that are not padding (attention averages over 1/length: their harmonic mean); None: all.
         positions: moments by position, where positions are not alike; None: repeat_probability says it all.
         read_position: the only position that the head reads (0: a class token's, -1: the last); None: it reads all alike.
         class_token: a learned vector stands in front of the projected ones, drawn with their mean second moment.
@@ -58,6 +64,10 @@ class TokenStatistics:
     positions: PositionMoments | None = None
     read_position: int | None = None
     class_token: bool = False
+    inner_projection_std: float | None = None
+    label_smoothing: float = 0.0
+    spread: tuple[float, ...] = ()
+    target: "TokenStatistics | None" = None
 
     @property
     def content_gain(self) -> float:
@@ -153,28 +163,32 @@ def rotary_overlap(distance: np.ndarray, head_dim: int, base: float) -> np.ndarr
 
 
 def cross_entropy_gradient(hidden_size: float, vocab_size: int, repeat_probability: float, correlation: float,
-                           logit_variance: float = 1.0, z_loss: float = 0.0) -> tuple[float, float]:
+                           logit_variance: float = 1.0, z_loss: float = 0.0, smoothing: float = 0.0) -> tuple[float, float]:
     """(q_g, r_g) of d(sum of token losses)/dh at the head's input h, second moment 1 and token correlation r (THEORY.md, section
     7).
 
     With logits of variance u: q_g = (u/d) (1 - 2/V + e^u/V + u/d), r_g = (pi_2 - 2/V + e^{ru}/V + ru/d) / (1 - 2/V + e^u/V +
     u/d).
     """
-    same, other = cross_entropy_overlaps(hidden_size, vocab_size, repeat_probability, correlation, logit_variance, z_loss)
+    same, other = cross_entropy_overlaps(hidden_size, vocab_size, repeat_probability, correlation, logit_variance, z_loss, smoothing)
     return logit_variance / hidden_size * same, min(1.0, max(0.0, other / same))
 
 
 def cross_entropy_overlaps(hidden_size: float, vocab_size: int, repeat_probability: float, correlation: float,
-                           logit_variance: float = 1.0, z_loss: float = 0.0) -> tuple[float, float]:
+                           logit_variance: float = 1.0, z_loss: float = 0.0, smoothing: float = 0.0) -> tuple[float, float]:
     """(second moment, overlap of two tokens) of the same gradient in units of u/d.
 
     The parts u/d and ru/d lie along h itself; a norm that makes h takes them away, so below it d is infinite here. z-loss adds
-    2 z Z p to p - e_label, Z = logsumexp of the logits = ln V + u/2: every p counts a = 1 + 2 z Z times.
+    2 z Z p to p - e_label, Z = logsumexp of the logits = ln V + u/2: every p counts a = 1 + 2 z Z times. Smoothing e puts
+    (1-e) e_label + e/V in the place of e_label.
     """
     u, size = logit_variance, float(vocab_size)
     # For u > ln V the softmax is one-hot and e^u/V, an expansion for a flat one, would run away; sum p^2 never exceeds 1.
     a = 1.0 + 2.0 * z_loss * (math.log(size) + 0.5 * u)
-    same = 1.0 - 2.0 * a / size + a * a * (math.exp(min(u, math.log(size))) / size + min(u / hidden_size, 1.0))
-    other = repeat_probability - 2.0 * a / size + a * a * (
+    label = 1.0 - smoothing
+    # What the constant e/V adds, with itself and with the two others.
+    flat = (smoothing ** 2 - 2.0 * a * smoothing + 2.0 * smoothing * label) / size
+    same = label ** 2 - 2.0 * a * label / size + flat + a * a * (math.exp(min(u, math.log(size))) / size + min(u / hidden_size, 1.0))
+    other = label ** 2 * repeat_probability - 2.0 * a * label / size + flat + a * a * (
         math.exp(min(correlation * u, math.log(size))) / size + min(correlation * u / hidden_size, 1.0))
     return same, other

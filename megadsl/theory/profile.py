@@ -88,11 +88,13 @@ class DepthProfile:
 
 def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Sublayer], vocab_size: int,
               level: Literal["matrix", "scalar"] = "matrix", head: Head | None = None,
-              gradient_correlation: float | None = None, read_position: int | None = None) -> DepthProfile:
+              gradient_correlation: float | None = None, read_position: int | None = None,
+              target_embedding: Embedding | None = None) -> DepthProfile:
     """Predict the signal of a model; stds that a sublayer leaves open are solved for unit branches.
 
     `gradient_correlation` replaces the one that the cross-entropy gradient would have; `read_position` is the only one that the head
-    reads, so that it has all of the gradient (None: all positions are alike to it).
+    reads, so that it has all of the gradient (None: all positions are alike to it); `target_embedding` is the decoder's where the two
+    stacks of an encoder_decoder read different things.
     """
     run = _matrix if level == "matrix" else _scalar
     stacks = [name for name in ("encoder", "decoder") if any(sublayer.stack == name for sublayer in sublayers)]
@@ -103,7 +105,8 @@ def propagate(shape: ModelShape, embedding: Embedding, sublayers: Sequence[Subla
             return gradient_correlation, (1.0, gradient_correlation)
         return _head_gradient(shape, embedding, vocab_size, head or Head(), correlation)
 
-    return run(shape, embedding, grouped, start, read_position)
+    embeddings = {name: target_embedding if target_embedding and name == "decoder" and "encoder" in grouped else embedding for name in grouped}
+    return run(shape, embeddings, grouped, start, read_position)
 
 
 def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, head: Head,
@@ -122,18 +125,19 @@ def _head_gradient(shape: ModelShape, embedding: Embedding, vocab_size: int, hea
         r = (float(unit.overlap(np.array(r))) - mean) / (unit.second_moment - mean)
         width = below = math.inf
     repeats = embedding.repeat_probability if head.repeat_probability is None else head.repeat_probability
-    moments = [cross_entropy_overlaps(d, vocab_size, repeats, r, head.logit_variance, head.z_loss) for d in (width, below)]
+    moments = [cross_entropy_overlaps(d, vocab_size, repeats, r, head.logit_variance, head.z_loss, head.label_smoothing) for d in (width, below)]
     at_head, entering = (min(1.0, max(0.0, share * other / same)) for same, other in moments)
     return at_head, (moments[1][0] / moments[0][0], entering)
 
 
-def _matrix(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start, read_position: int | None) -> DepthProfile:
+def _matrix(shape: ModelShape, embeddings: dict[str, Embedding], grouped: dict[str, list[Sublayer]], start,
+            read_position: int | None) -> DepthProfile:
     stacks: list[MatrixRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
         stack = MatrixRecursion(shape, name, memory, uniform_grid(shape.length) if memory is not None else None,
-                                differ=embedding.positions is not None and memory is None)
-        final = stack.final(stack.forward(stack.embed(embedding), sublayers))
+                                differ=embeddings[name].positions is not None)
+        final = stack.final(stack.forward(stack.embed(embeddings[name]), sublayers))
         second, overlap = means(stack.grid, final)
         # A decoder attends to all of the memory alike, so its mean overlaps are all that counts.
         memory = Gram(np.full((1, 1), overlap), np.full(1, second))
@@ -180,14 +184,15 @@ def _point(q: float, c: float, q_g: float, c_g: float) -> Prediction:
     return Prediction(q, c / q, q_g, c_g / q_g if q_g else 0.0)
 
 
-def _scalar(shape: ModelShape, embedding: Embedding, grouped: dict[str, list[Sublayer]], start, read_position: int | None) -> DepthProfile:
+def _scalar(shape: ModelShape, embeddings: dict[str, Embedding], grouped: dict[str, list[Sublayer]], start,
+            read_position: int | None) -> DepthProfile:
     # At this level positions are exchangeable: which one the head reads is in the gradient's correlation alone.
     stacks: list[ScalarRecursion] = []
     memory = None
     for name, sublayers in grouped.items():
         stack = ScalarRecursion(shape, name, memory, shape.length if memory is not None else 0)
-        positions = MatrixRecursion(shape, name, differ=embedding.positions is not None and memory is None)
-        q, c = means(positions.grid, positions.embed(embedding))
+        positions = MatrixRecursion(shape, name, differ=embeddings[name].positions is not None)
+        q, c = means(positions.grid, positions.embed(embeddings[name]))
         memory = q, r = stack.final(*stack.forward(q, c / q, sublayers))
         stacks.append(stack)
     r_g, entering = start(r)

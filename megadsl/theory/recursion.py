@@ -8,19 +8,33 @@ branch multiplies N(Q) and B by s^2.
 F is the branch's Gram matrix (attention.py; FFN elementwise by quadrature.DualMap), B its backward map; hidden dropout divides
 diagonals by 1-p. Post-LN rows are divided by their own fluctuating norms: the correlation loses rho/(1+rho)^2 (1-r)(2+r)/d a
 sublayer, rho = beta^2 q_F / lambda^2. Source: THEORY.md, sections 6 and 6b.
+Where positions enter with unequal second moments (loud and silent frames), the skip carries the inequality on, lambda^2 of it an
+addition, until a norm ends it: with q + delta for the second moment of a share of the positions, overlaps behind a norm are
+a = E[(1 + delta/q)^-1/2]^2 times, second moments of its gradient b = E[1 / (1 + delta/q)] times those of equal positions.
 
 Letters: Q, K forward Gram (K of the normed input), Gam gradient Gram, p hidden dropout, d width, B blocks.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from megadsl.theory.attention import AttentionShape, AttentionSignal, Rotary
-from megadsl.theory.grid import Gram, Grid, Mask, blocked, causal_grid, means, stationary, uniform_grid
+from megadsl.theory.grid import Gram, Grid, Mask, block_means, blocked, causal_grid, means, stationary, uniform_grid
 from megadsl.theory.inputs import rotary_overlap, sinusoidal_mean, sinusoidal_overlap
 from megadsl.theory.quadrature import ACTIVATIONS, DualMap, dual_map
 from megadsl.theory.shape import Embedding, ModelShape, Sublayer
+
+
+class Spread(NamedTuple):
+    """What unequal second moments of positions do at a norm: factors on overlaps and on the gradient's second moments."""
+
+    overlap: float = 1.0
+    gradient: float = 1.0
+
+    def backward(self, gradient: Gram) -> Gram:
+        return Gram(gradient.off * self.overlap, gradient.diag * self.gradient)
 
 
 @dataclass
@@ -33,6 +47,8 @@ class Step:
     outer: np.ndarray | None       # 1 / sqrt(second moment + eps) of the norm behind
     output: Gram                   # the stream after the sublayer
     gain: float                    # kappa_v kappa_o, or kappa_2
+    spread_in: Spread              # of the stream at the norm in front, and at the norm behind
+    spread_out: Spread
 
 
 class MatrixRecursion:
@@ -67,6 +83,9 @@ class MatrixRecursion:
         # mean.
         self._feature_mean: Gram | None = None
         self._final_norm: np.ndarray | None = None
+        # Second moments of equal shares of the positions less their mean.
+        self._unequal = np.zeros(1)
+        self._final_spread = Spread()
 
     def embed(self, embedding: Embedding) -> Gram:
         """The stream after the embedding sum, its norm and its dropout."""
@@ -80,12 +99,15 @@ class MatrixRecursion:
         elif embedding.sinusoidal:
             off = off + position * stationary(self.grid, sinusoidal_overlap(np.arange(self.grid.length), self.shape.hidden_size))
             if self.shape.normalization == "LayerNorm":
-                mean = np.sqrt(position) * sinusoidal_mean(self.grid.centres - 1.0, self.shape.hidden_size)
-                self._feature_mean = Gram(np.outer(mean, mean), mean ** 2)
+                own = sinusoidal_mean(np.arange(self.grid.length), self.shape.hidden_size)
+                mean, square = (block_means(self.grid, values) for values in (own, own ** 2))
+                self._feature_mean = Gram(position * np.outer(mean, mean), position * square)
         total = Gram(off, diag)
         if embedding.norm_gain is not None:
             total = self._centred(total)
             total, self._feature_mean = total.scaled(embedding.norm_gain * self._norm(total)), None
+        elif embedding.spread:
+            self._unequal = word / (1.0 - self.shape.dropout) * (np.array(embedding.spread) - 1.0)
         self.start = Gram(total.off, total.diag / (1.0 - self.shape.dropout))
         return self.start
 
@@ -112,14 +134,15 @@ class MatrixRecursion:
         if not self.shape.final_norm:
             return stream
         centred = self._centred(stream)
-        self._final_norm = self._norm(centred)
-        return self._sampled(centred.scaled(self._final_norm))
+        self._final_norm, self._final_spread = self._norm(centred), self._spread(centred)
+        normed = self._sampled(centred.scaled(self._final_norm))
+        return Gram(normed.off * self._final_spread.overlap, normed.diag)
 
     def backward(self, gradient: Gram) -> tuple[list[Gram], Gram | None]:
         """From the gradient at `final` -> (gradients at the stream: after the embedding, after every sublayer; gradient at the
         memory)."""
         if self._final_norm is not None:
-            gradient = gradient.scaled(self._norm_backward * self._final_norm)
+            gradient = self._final_spread.backward(gradient.scaled(self._norm_backward * self._final_norm))
         # Norms behind each other project on nearly the same directions, so the topmost takes away what all of them do.
         projected = np.sqrt(self.shape.projected)
         found, at_memory = [gradient], None
@@ -127,11 +150,11 @@ class MatrixRecursion:
             sublayer = step.sublayer
             lam2, beta2 = sublayer.residual_scale ** 2, sublayer.branch_scale ** 2
             if step.outer is not None:
-                gradient, projected = gradient.scaled(projected * step.outer), 1.0
+                gradient, projected = step.spread_out.backward(gradient.scaled(projected * step.outer)), 1.0
             branch = Gram(gradient.off, gradient.diag / (1.0 - self.shape.dropout))
             passed, memory = self._branch_backward(step, branch)
             if step.inner is not None:
-                passed = passed.scaled(step.inner * self._norm_backward)
+                passed = step.spread_in.backward(passed.scaled(step.inner * self._norm_backward))
             gradient = gradient.plus(passed, lam2, beta2)
             if memory is not None:
                 at_memory = memory.plus(memory, beta2, 0.0) if at_memory is None else at_memory.plus(memory, 1.0, beta2)
@@ -149,38 +172,49 @@ class MatrixRecursion:
     def _norm(self, centred: Gram) -> np.ndarray:
         return 1.0 / np.sqrt(centred.diag + self.shape.eps)
 
+    def _spread(self, centred: Gram) -> Spread:
+        """At a norm of this stream."""
+        share = 1.0 + self._unequal / (float(centred.diag.mean()) + self.shape.eps)
+        share = np.maximum(share, 1e-3)
+        return Spread(float((share ** -0.5).mean() ** 2), float((1.0 / share).mean()))
+
     def _step(self, stream: Gram, sublayer: Sublayer) -> Step:
         lam2, beta2 = sublayer.residual_scale ** 2, sublayer.branch_scale ** 2
         inputs, inner, outer = stream, None, None
+        spread_in = spread_out = Spread()
         if self.shape.inner_norm:
             centred = self._centred(stream)
-            inner = self._norm(centred)
+            inner, spread_in = self._norm(centred), self._spread(centred)
             normed = centred.scaled(inner)
+            normed = Gram(normed.off * spread_in.overlap, normed.diag)
             # Behind another norm rows have a fixed length already.
             inputs = normed if self.shape.outer_norm and self.steps else self._sampled(normed)
             if sublayer.norm_scale != 1.0:
                 factor = np.full(len(inner), sublayer.norm_scale)
                 inputs, inner = inputs.scaled(factor), inner * factor
         solved, branch, gain = self._branch(inputs, sublayer)
+        self._unequal = lam2 * self._unequal  # branches add the same everywhere
         if self.shape.outer_norm:
-            output, outer = self._normed_sum(stream, branch, lam2, beta2)
+            output, outer, spread_out = self._normed_sum(stream, branch, lam2, beta2)
         else:
             output = stream.plus(branch, lam2, beta2)
             if self._feature_mean is not None:
                 # Branches have none (their weights are random), so the skip alone carries it on.
                 self._feature_mean = self._feature_mean.plus(self._feature_mean, lam2, 0.0)
-        return Step(solved, inputs, inner, outer, output, gain)
+        return Step(solved, inputs, inner, outer, output, gain, spread_in, spread_out)
 
-    def _normed_sum(self, stream: Gram, branch: Gram, lam2: float, beta2: float) -> tuple[Gram, np.ndarray]:
-        """(stream, norm) behind an addition that is normalised."""
+    def _normed_sum(self, stream: Gram, branch: Gram, lam2: float, beta2: float) -> tuple[Gram, np.ndarray, Spread]:
+        """(stream, norm, spread at the norm) behind an addition that is normalised."""
         added = self._centred(stream).plus(branch, lam2, beta2)
         self._feature_mean = None
-        norm = self._norm(added)
+        norm, spread = self._norm(added), self._spread(added)
         output = added.scaled(norm)
+        output = Gram(output.off * spread.overlap, output.diag)
+        self._unequal = np.zeros(1)
         rho = beta2 * branch.diag.mean() / (lam2 * stream.diag.mean())
         r = np.clip(output.off, -1.0, 1.0)
         loss = rho / (1.0 + rho) ** 2 * (1.0 - r) * (2.0 + r) / self.shape.hidden_size * np.sign(r)
-        return Gram(output.off - loss, output.diag), norm
+        return Gram(output.off - loss, output.diag), norm, spread
 
     def _branch(self, inputs: Gram, sublayer: Sublayer) -> tuple[Sublayer, Gram, float]:
         """(sublayer with all stds, Gram of the branch after dropout, its output gain)."""

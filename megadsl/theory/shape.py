@@ -101,7 +101,8 @@ class Embedding:
     `repeat_probability`: two positions of a sequence hold the same word (pi_2); `same_type_probability`: the same token type.
     `sinusoidal`: the position part is a fixed sinusoid of root mean square `position_std` instead of a random table.
     `norm_gain`: gain of a norm between sum and dropout; None: no such norm. `positions`: moments position by position, which take
-    the place of `repeat_probability`, and their `waves` that of the sinusoid.
+    the place of `repeat_probability`, and their `waves` that of the sinusoid. `spread`: second moments of the
+    word part of equal shares of the positions over their mean; (): all alike.
     """
 
     word_std: float
@@ -112,6 +113,7 @@ class Embedding:
     sinusoidal: bool = False
     norm_gain: float | None = None
     positions: PositionMoments | None = None
+    spread: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class Head:
 
     `dense_std`: BERT's transform norm(activation(dense @ h)) stands in front of the logits; None: it does not.
     `repeat_probability`: two predicted words are equal (None: the embedding's); `predicted_share`: positions that are predicted
-    (None: 15 % in an encoder, else all); `z_loss`: coefficient of logsumexp(logits)^2 in the loss.
+    (None: 15 % in an encoder, else all); `z_loss`: coefficient of logsumexp(logits)^2 in the loss; `label_smoothing`: share of a
+    label that goes to all outputs alike.
     """
 
     logit_variance: float = 1.0
@@ -128,3 +131,4 @@ class Head:
     repeat_probability: float | None = None
     predicted_share: float | None = None
     z_loss: float = 0.0
+    label_smoothing: float = 0.0

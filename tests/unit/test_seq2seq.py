@@ -12,7 +12,8 @@ from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 from megadsl.inference.load import TrainedModel
 from megadsl.inference.sampling import Sampling
-from megadsl.inference.seq2seq import Decoding, beam_search, decode_marked, encode_marked, generate_target
+from megadsl.inference.beam_search import beam_search
+from megadsl.inference.seq2seq import decode_marked, decoding_of_tokens, encode_marked, generate_target
 from megadsl.tasks.language.denoising import exact_spans
 from megadsl.tasks.language.samples import StreamSamples
 from megadsl.tasks.language.texts import tokens_of_text
@@ -44,7 +45,7 @@ def test_decoding_step_by_step_gives_the_logits_of_a_full_pass(build, model, tas
             parameter.normal_(generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(0)
     source, target = torch.randint(5, 512, (1, 20), generator=generator), torch.randint(5, 512, (3, 9), generator=generator)
-    decoding = Decoding(trained, source[0].tolist(), 3)
+    decoding = decoding_of_tokens(trained, source[0].tolist(), 3)
     steps = torch.stack([decoding.next_logits(target[:, index:index + 1]) for index in range(9)])
     inputs = {"source_tokens": source.expand(3, -1), "target_tokens": target, "source_segments": torch.ones(3, 20, dtype=torch.long)}
     torch.testing.assert_close(steps, trained(inputs)["logits"], rtol=1e-4, atol=1e-5)
@@ -55,7 +56,7 @@ def test_beam_search_finds_the_best_of_all_targets(build):
     trained, vocabulary, end, steps = build(ENCODER_DECODER), 5, 4, 3
     source = [7, 8, 9, 3]
     with torch.inference_mode():
-        found = beam_search(Decoding(trained, source, 64), 2, end, vocabulary, steps, 64)
+        found = [row for _, row in beam_search(decoding_of_tokens(trained, source, 64), 2, end, vocabulary, steps, 64)[0]]
         scores = {}
         for length in range(steps + 1):
             for row in itertools.product(range(4), repeat=length):

@@ -1,0 +1,1 @@
+"""Speech translation and recognition: an encoder-decoder writes the text of an utterance."""

@@ -1,0 +1,81 @@
+"""`megadsl data fetch fillets-ng`: Czech acted dialogue with English texts, from two Debian packages of a game (GPL-2).
+
+Sound is sound/LEVEL/cs/ID.ogg of fillets-ng-data-cs; texts are script/LEVEL/dialogs_cs.lua of fillets-ng-data, where
+dialogId("ID", "font", "english text") is followed by dialogStr("czech text").
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+from megadsl.data.atomic_files import make_folder, written_atomically
+from megadsl.errors import UserError
+from megadsl.tasks.speech.features import FRAMES_PER_SECOND, require_packages
+
+PACKAGES = ("fillets-ng-data", "fillets-ng-data-cs")
+_TEXT = r'"((?:[^"\\]|\\.)*)"'
+_DIALOG = re.compile(rf'dialogId\(\s*"([^"]+)"\s*,\s*"[^"]*"\s*,\s*{_TEXT}\s*\)\s*(?:dialogStr\(\s*{_TEXT}\s*\))?')
+
+
+def fetch_fillets(output: Path) -> tuple[Path, int]:
+    """Download and unpack the packages into `output` (nothing is installed); (manifest.tsv, number of utterances)."""
+    require_packages()
+    root = output / "usr" / "share" / "games" / "fillets-ng"
+    make_folder(output)
+    for package, part in zip(PACKAGES, ("script", "sound"), strict=True):
+        if not (root / part).is_dir():
+            unpack_debian(package, output)
+    rows = _rows(root, output)
+    manifest = output / "manifest.tsv"
+    with written_atomically(manifest) as temporary:
+        lines = ["\t".join(("id", "audio", "n_frames", "tgt_text", "src_text")), *("\t".join(row) for row in rows)]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return manifest, len(rows)
+
+
+def unpack_debian(package: str, output: Path) -> None:
+    """apt-get download and dpkg -x: no root rights over the system, no dependencies, nothing installed."""
+    packed = output / "packages"
+    make_folder(packed)
+    try:
+        for old in packed.glob(f"{package}_*.deb"):
+            old.unlink()
+        _run(["apt-get", "download", package], packed)
+        for file in packed.glob(f"{package}_*.deb"):
+            _run(["dpkg", "-x", str(file.resolve()), str(output.resolve())], packed)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is not there: the data comes as Debian packages; unpack {package} into {output} yourself.") from error
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{' '.join(command)} failed ({last}); run apt-get update, or unpack the package yourself.")
+
+
+def _rows(root: Path, output: Path) -> list[tuple[str, ...]]:
+    """(id, audio, n_frames, tgt_text, src_text) of every sound that has a text."""
+    import soundfile
+
+    rows = []
+    for script in sorted(root.glob("script/*/dialogs_cs.lua")):
+        level = script.parent.name
+        for name, english, czech in dialogs(script.read_text(encoding="utf-8")):
+            audio = root / "sound" / level / "cs" / f"{name}.ogg"
+            if audio.is_file() and english:
+                frames = round(soundfile.info(audio).duration * FRAMES_PER_SECOND)
+                rows.append((f"{level}/{name}", str(audio.relative_to(output)), str(frames), english, czech))
+    return rows
+
+
+def dialogs(text: str) -> list[tuple[str, str, str]]:
+    """(id, english, czech) of a dialogs_cs.lua; a text that comes twice counts once."""
+    found = {}
+    for name, english, czech in _DIALOG.findall(text):
+        found.setdefault(name, (name, _plain(english), _plain(czech)))
+    return list(found.values())
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"\\(.)", lambda match: " " if match[1] in "nt" else match[1], text).split())

@@ -1,0 +1,1 @@
+"""Translation of text: an encoder-decoder writes the sentence of another language."""
