@@ -32,7 +32,7 @@ def step_zero(config: str, layout: tuple[int, int], seed: int, folder: Path) -> 
     tensor, pipeline = layout
     run_dir = folder / f"{config}-{tensor}-{pipeline}-{seed}"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(tensor * pipeline), "--master_port", "0", "-m", "megadsl", "train",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(tensor * pipeline), "-m", "megadsl", "train",
         f"configs/{config}.yaml", f"training.run_dir={run_dir}", f"training.seed={seed}", "training.train_iters=1", "training.eval_interval=0",
         "training.global_batch_size=4", "optimizer.lr_warmup_iters=0", "monitor.tensorboard=false",
         f"parallel.tensor_model_parallel_size={tensor}", f"parallel.pipeline_model_parallel_size={pipeline}",

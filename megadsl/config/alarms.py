@@ -113,4 +113,10 @@ class AlarmsConfig(Section):
     @property
     def actions(self) -> dict[str, str]:
         """By alarm, what follows from it."""
-        return {name: value.action for name, value in self if isinstance(value, Section)}
+        return {
+            "loss_spike": self.loss_spike.action, "gradient_norm_spike": self.gradient_norm_spike.action, "divergence": self.divergence.action,
+            "variance_drift": self.variance_drift.action, "gradient_ratio": self.gradient_ratio.action,
+            "entropy_collapse": self.entropy_collapse.action, "logit_growth": self.logit_growth.action,
+            "dead_activations": self.dead_activations.action, "unused_layers": self.unused_layers.action,
+            "update_ratio": self.update_ratio.action,
+        }
