@@ -1,6 +1,7 @@
 # Two commands do everything:
 #   make train   environment, corpus, tokenizer, dataset, plan, training, validation, a generated sample, a report
 #   make test    the whole test suite
+# make demo-image does the first for pictures (docs/image.md).
 # Both make .venv first (exact versions from constraints.txt). Running them again re-uses what is there.
 
 VENV    ?= .venv
@@ -11,7 +12,7 @@ DATA    ?= runs/demo
 # The demo shares its batch of 2 x 4 sequences over two processes, or over one where there is a single GPU.
 PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 
-.PHONY: train finetune demo-text test install clean
+.PHONY: train finetune demo-text demo-image test install clean
 
 train: install
 	$(BIN)/megadsl data corpus --output $(DATA)/corpus
@@ -45,6 +46,20 @@ finetune demo-text: install
 	$(FINETUNE) configs/finetune-choices.yaml data.datasets=$(TEXTS)/logiqa/prepared training.run_dir=runs/finetune-logiqa model.seq_length=256
 	$(FINETUNE) configs/finetune-questions.yaml
 	for name in sentiment quartz logiqa cloze; do echo "$$name, test split:"; $(BIN)/megadsl evaluate runs/finetune-$$name --output runs/finetune-$$name/evaluation.json || exit; done
+
+# Fashion-MNIST: fetched from Debian's package, a Vision Transformer of 96 layers trained on it, its robustness measured.
+IMAGES    ?= runs/fashion-mnist
+IMAGE_RUN ?= runs/vit-96
+
+demo-image: install
+	$(BIN)/megadsl data fetch fashion-mnist --output $(IMAGES)/source
+	$(BIN)/megadsl data images $(IMAGES)/source --output $(IMAGES)/images --validation-fraction 0.05
+	$(BIN)/megadsl plan configs/vit-96.yaml data.datasets=[$(IMAGES)/images] --measure 4 --figure $(IMAGE_RUN)/plan.png
+	$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m megadsl train configs/vit-96.yaml data.datasets=[$(IMAGES)/images] training.run_dir=$(IMAGE_RUN)
+	$(BIN)/megadsl evaluate $(IMAGE_RUN) --corruptions --max-samples 500 --output $(IMAGE_RUN)/robustness.json --figures $(IMAGE_RUN)/figures
+	$(BIN)/megadsl evaluate $(IMAGE_RUN) --output $(IMAGE_RUN)/evaluation.json --figures $(IMAGE_RUN)/figures
+	$(BIN)/megadsl report $(IMAGE_RUN)
+	@echo "Done. Report: $(IMAGE_RUN)/report.html | figures of confusion, calibration and corruptions: $(IMAGE_RUN)/figures"
 
 # Tests of one process run side by side; those that start processes of their own, or watch a clock, have the machine to themselves.
 test: install

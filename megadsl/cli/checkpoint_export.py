@@ -17,7 +17,8 @@ def export(
     """Write a plain model, the scheme folded into its weights; reloads it and compares logits before the folder appears."""
     from megadsl.checkpoint.huggingface.export import choose_architecture, export_huggingface
     from megadsl.checkpoint.store import open_checkpoint
-    from megadsl.tasks.export import export_source
+    from megadsl.tasks.export import export_of_task, export_source
+    from megadsl.tasks.registry import task_of
 
     opened, begun = open_checkpoint(checkpoint), time.perf_counter()
     model = opened.config().model
@@ -26,6 +27,10 @@ def export(
 
         error = export_megatron(export_source(opened), output)
         typer.echo(f"{output}: GPTModel, largest relative difference of logits {error:.1e}; {time.perf_counter() - begun:.1f} s")
+        return
+    if task_of(opened.config()).exports_itself:
+        name, error = export_of_task(opened, output)
+        typer.echo(f"{output}: {name}, largest relative difference of logits {error:.1e}; {time.perf_counter() - begun:.1f} s")
         return
     choose_architecture(model, architecture).require(model)  # before the weights are read
     result = export_huggingface(export_source(opened), output, architecture, dtype)

@@ -26,6 +26,12 @@ def export_source(checkpoint: Checkpoint) -> ExportSource:
                         info.padded_vocab_size, facts)
 
 
+def export_of_task(checkpoint: Checkpoint, folder: Path) -> tuple[str, float]:
+    """Write the model of a task that exports itself -> (class of transformers, largest relative difference of logits)."""
+    task, model = load_trained(checkpoint, "cpu", precision="fp32")
+    return task.export_huggingface(model, checkpoint.plan(), folder)
+
+
 def import_from_huggingface(folder: Path, output: Path, scheme: str, tokenizer: Path | None) -> float:
     """Write checkpoint `output` from a Hugging Face folder; the largest relative difference of its logits to transformers'.
 

@@ -96,6 +96,7 @@ class Task(ABC):
         loss_parts: see the top of this file.
         metric_names: what `metrics` returns, in order.
         evaluation_options: fields of EvaluationRequest, beside data, split and batch_tokens, that `evaluate` reads.
+        exports_itself: whether `export_huggingface` writes the model, for which no architecture of a language model will do.
         saved: folder of the checkpoint that the task was loaded with, where its `files()` lie; None: a run of its own.
     """
 
@@ -105,6 +106,7 @@ class Task(ABC):
     loss_parts: tuple[LossPart, ...] = (LossPart("loss", "nats"),)
     metric_names: tuple[str, ...] = ()
     evaluation_options: ClassVar[tuple[str, ...]] = ()
+    exports_itself: ClassVar[bool] = False
     saved: Path | None = None
 
     def __init__(self, config: Config):
@@ -272,3 +274,7 @@ class Task(ABC):
     def export_sample(self) -> Batch:
         """Real inputs to compare an exported model's logits on; UserError where no architecture exists for the task."""
         raise UserError(f"A model of task.name {self.name} has no counterpart to export to.")
+
+    def export_huggingface(self, model: "TrainedModel", plan: "SignalPlan", folder: Path) -> tuple[str, float]:
+        """Write a model of `exports_itself` for transformers -> (its class, largest relative difference of logits)."""
+        raise NotImplementedError

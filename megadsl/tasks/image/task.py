@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megadsl.inference.load import TrainedModel
     from megadsl.model.activations import Activations
     from megadsl.model.builder import ModelBuilder, TaskLayers
+    from megadsl.schemes.plan import SignalPlan
     from megadsl.tasks.image.samples import ImageSplits
 
 MEASURED_IMAGES = 512  # of the training split, for the statistics of the input
@@ -39,6 +40,7 @@ class ImageClassification(Task):
     Options = ImageOptions
     options: ImageOptions
     families = ("encoder",)
+    exports_itself = True
     loss_parts = (LossPart("classes", "nats per image"),)
     metric_names = ("top1_accuracy", "top5_accuracy")
     evaluation_options = ("max_samples", "corruptions", "corrupted", "figures")
@@ -197,7 +199,23 @@ class ImageClassification(Task):
         return describe(results)
 
     def export_sample(self) -> Batch:
-        dataset = self.splits(0).test if self.described.counts["test"] else self.splits(0).validation
         import torch
 
-        return {"pixel_values": torch.stack([dataset[index]["pixel_values"] for index in range(min(2, len(dataset)))])}
+        samples = self.evaluation_samples(EvaluationRequest(None, "test" if self.described.counts["test"] else "validation"), 4)
+        return {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+
+    def export_huggingface(self, model: "TrainedModel", plan: "SignalPlan", folder: Path) -> tuple[str, float]:
+        import torch
+
+        from megadsl.checkpoint.huggingface.vit import NAME, Pictures, export_vit
+
+        if not self.has_class_token:
+            raise UserError(f"task.pooling=mean has no place in {NAME}, which reads the class token; train with task.pooling=class_token.")
+        one, sample = self.described, self.export_sample()
+        weights = {name: parameter.detach() for name, parameter in model.network.canonical_parameters()}
+        if self._waves is not None:
+            weights["embedding.position"] = torch.from_numpy(self._waves).float() * plan.embedding.weight_std["position_embedding"]
+        with torch.inference_mode():
+            logits = model(sample)["logits"]
+        pictures = Pictures((one.height, one.width), self.options.patch_size, one.channels, one.classes, one.mean, one.deviation)
+        return NAME, export_vit(weights, plan, self.config.model, pictures, sample["pixel_values"], logits, folder)
