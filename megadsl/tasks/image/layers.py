@@ -4,7 +4,6 @@ Shape letters: b micro-batch, c channels, H height, W width, p patch, P = c p^2,
 """
 
 import torch
-from megatron.core.transformer import TransformerConfig
 
 from megadsl.model.activations import Activations
 from megadsl.model.init import ParameterTag, tag
@@ -18,15 +17,15 @@ class PatchEmbedding(torch.nn.Module):
         token_std: of the class token's numbers; None: there is none.
     """
 
-    def __init__(self, config: TransformerConfig, channels: int, patch: int, std: float, token_std: float | None):
+    def __init__(self, hidden_size: int, dtype: torch.dtype, channels: int, patch: int, std: float, token_std: float | None):
         super().__init__()
-        self.patch, size, h = patch, channels * patch * patch, config.hidden_size
-        self.projection = torch.nn.Linear(size, h, dtype=config.params_dtype)
+        self.patch, size, h = patch, channels * patch * patch, hidden_size
+        self.projection = torch.nn.Linear(size, h, dtype=dtype)
         tag(self.projection.weight, ParameterTag("input_projection", (h, size), {"input_projection": std}))
         tag(self.projection.bias, ParameterTag("bias", (h,), {}))
         self.class_token = None
         if token_std is not None:
-            self.class_token = torch.nn.Parameter(torch.empty(1, h, dtype=config.params_dtype))
+            self.class_token = torch.nn.Parameter(torch.empty(1, h, dtype=dtype))
             tag(self.class_token, ParameterTag("class_token", (1, h), {"class_token": token_std}))
 
     def forward(self, value: Activations) -> Activations:
@@ -42,11 +41,11 @@ class PatchEmbedding(torch.nn.Module):
 class ImageClassifier(torch.nn.Module):
     """Logits [b, k] of the class token, which comes first, or of the mean over all positions."""
 
-    def __init__(self, config: TransformerConfig, classes: int, std: float, mean: bool, hidden_scale: float):
+    def __init__(self, hidden_size: int, dtype: torch.dtype, classes: int, std: float, mean: bool, hidden_scale: float):
         super().__init__()
         self.mean, self.hidden_scale = mean, hidden_scale
-        self.linear = torch.nn.Linear(config.hidden_size, classes, dtype=config.params_dtype)
-        tag(self.linear.weight, ParameterTag("output_head", (classes, config.hidden_size), {"output_head": std}))
+        self.linear = torch.nn.Linear(hidden_size, classes, dtype=dtype)
+        tag(self.linear.weight, ParameterTag("output_head", (classes, hidden_size), {"output_head": std}))
         tag(self.linear.bias, ParameterTag("bias", (classes,), {}))
 
     def forward(self, value: Activations) -> Activations:

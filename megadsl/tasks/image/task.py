@@ -157,12 +157,13 @@ class ImageClassification(Task):
 
         std, head, one = builder.plan.embedding.weight_std["input_projection"], builder.plan.head, self.described
         token_std = builder.plan.embedding.weight_std.get("class_token")
+        sizes = builder.core.hidden_size, builder.core.params_dtype
         return TaskLayers(
             inputs=[
-                LayerEntry("embedding.patches", partial(PatchEmbedding, builder.core, one.channels, self.options.patch_size, std, token_std)),
+                LayerEntry("embedding.patches", partial(PatchEmbedding, *sizes, one.channels, self.options.patch_size, std, token_std)),
                 builder.embedding_sum("embedding", self.model.seq_length, waves=self._waves),
             ],
-            head=[LayerEntry("classifier", partial(ImageClassifier, builder.core, builder.padded_vocab_size, head.weight_std["output_head"],
+            head=[LayerEntry("classifier", partial(ImageClassifier, *sizes, builder.padded_vocab_size, head.weight_std["output_head"],
                                                    not self.has_class_token, head.hidden_scale))],
         )
 
