@@ -11,7 +11,7 @@ DATA    ?= runs/demo
 # The demo shares its batch of 2 x 4 sequences over two processes, or over one where there is a single GPU.
 PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 
-.PHONY: train test install clean
+.PHONY: train demo-speech test install clean
 
 train: install
 	$(BIN)/megadsl data corpus --output $(DATA)/corpus
@@ -23,6 +23,15 @@ train: install
 	$(BIN)/megadsl generate $(RUN) --prompt "def " --max-new-tokens 80 --top-p 0.9 --output $(RUN)/sample.txt
 	$(BIN)/megadsl report $(RUN)
 	@echo "Done. Report: $(RUN)/report.html | TensorBoard: $(BIN)/tensorboard --logdir $(RUN)/tensorboard | checkpoint: $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest) | plan: $(RUN)/plan.json, $(RUN)/plan.png"
+
+# Czech speech to English text; docs/speech.md says what to expect.
+SPEECH ?= runs/speech
+demo-speech: install
+	$(BIN)/megadsl data fetch fillets-ng --output $(SPEECH)/fillets-ng
+	$(BIN)/megadsl data speech $(SPEECH)/fillets-ng/manifest.tsv --output $(SPEECH)/data --max-frames 1000 --skip-bad-rows
+	$(BIN)/megadsl plan configs/speech-24.yaml data.datasets=$(SPEECH)/data tokenizer.model=$(SPEECH)/data/tokenizer.model
+	$(BIN)/megadsl train configs/speech-24.yaml data.datasets=$(SPEECH)/data tokenizer.model=$(SPEECH)/data/tokenizer.model
+	$(BIN)/megadsl evaluate runs/speech-24 --hypotheses runs/speech-24/test.jsonl --output runs/speech-24/evaluation.json
 
 test: install
 	$(BIN)/python -m pytest
