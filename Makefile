@@ -12,7 +12,10 @@ DATA    ?= runs/demo
 # The demo shares its batch of 2 x 4 sequences over two processes, or over one where there is a single GPU.
 PROCESSES ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 
-.PHONY: train finetune demo-text demo-image test install clean
+.PHONY: train finetune demo-text demo-image demo-speech demos test install clean
+
+# The demonstrations of docs/image.md, docs/speech.md and docs/finetuning.md, one after the other.
+demos: demo-image demo-speech demo-text
 
 train: install
 	$(BIN)/megadsl data corpus --output $(DATA)/corpus
@@ -60,6 +63,15 @@ demo-image: install
 	$(BIN)/megadsl evaluate $(IMAGE_RUN) --output $(IMAGE_RUN)/evaluation.json --figures $(IMAGE_RUN)/figures
 	$(BIN)/megadsl report $(IMAGE_RUN)
 	@echo "Done. Report: $(IMAGE_RUN)/report.html | figures of confusion, calibration and corruptions: $(IMAGE_RUN)/figures"
+
+# Czech speech to English text; docs/speech.md says what to expect.
+SPEECH ?= runs/speech
+demo-speech: install
+	$(BIN)/megadsl data fetch fillets-ng --output $(SPEECH)/fillets-ng
+	$(BIN)/megadsl data speech $(SPEECH)/fillets-ng/manifest.tsv --output $(SPEECH)/data --max-frames 1000 --skip-bad-rows
+	$(BIN)/megadsl plan configs/speech-24.yaml data.datasets=$(SPEECH)/data tokenizer.model=$(SPEECH)/data/tokenizer.model
+	$(BIN)/megadsl train configs/speech-24.yaml data.datasets=$(SPEECH)/data tokenizer.model=$(SPEECH)/data/tokenizer.model
+	$(BIN)/megadsl evaluate runs/speech-24 --hypotheses runs/speech-24/test.jsonl --output runs/speech-24/evaluation.json
 
 # Tests of one process run side by side; those that start processes of their own, or watch a clock, have the machine to themselves.
 test: install

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megadsl.checkpoint.manifest import CheckpointInfo, damaged_files, library_versions
-from megadsl.checkpoint.store import Checkpoint, complete_folder, open_checkpoint, sync, write_small_files
+from megadsl.checkpoint.store import Checkpoint, CheckpointStore, complete_folder, open_checkpoint, sync, write_small_files
 from megadsl.checkpoint.weights import FILE_BYTES, KINDS, TensorReader, write_tensors
 from megadsl.config import Config
 from megadsl.config.load import parse_config
@@ -60,6 +60,16 @@ def average(sources: list[Path], output: Path, file_bytes: int = FILE_BYTES) -> 
         for reader in readers[1:]:
             _check_same_shapes(readers[0], reader)
         return _write(output, first, first.config(), info, {"mean": _means(readers)}, file_bytes)
+
+
+def last_checkpoints(runs: list[Path], count: int) -> list[Path]:
+    """Folders of the last `count` checkpoints of the run that is named; UserError where it has not so many."""
+    if len(runs) != 1:
+        raise UserError(f"--last takes the checkpoints of one run, but {len(runs)} paths are given; name the run's folder alone.")
+    found = [checkpoint.path for checkpoint in CheckpointStore(runs[0] / "checkpoints").complete()]
+    if len(found) < count:
+        raise UserError(f"{runs[0]} has {len(found)} checkpoints, not {count}; lower --last, or train with checkpoint.keep_last={count}.")
+    return found[-count:]
 
 
 def _intact(source: Path, kind: str = "") -> Checkpoint:

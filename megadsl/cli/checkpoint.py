@@ -56,10 +56,14 @@ def diff(
 def average(
     checkpoints: list[Path] = typer.Argument(..., help="Checkpoints (or run folders) of one model."),
     output: Path = typer.Option(..., help="Folder of the new checkpoint; it must not exist."),
+    last: int = typer.Option(None, min=1, help="Of the one run that is named, its last so many checkpoints (checkpoint.keep_last keeps them)."),
 ) -> None:
     """Average weights in fp32. Optimizer state is left out: a run that goes on from the result starts its optimizer anew."""
     from megadsl.checkpoint.reshape import average as write_average
+    from megadsl.checkpoint.reshape import last_checkpoints
 
+    if last is not None:
+        checkpoints = last_checkpoints(checkpoints, last)
     print(f"wrote {write_average(checkpoints, output)} (the mean of {len(checkpoints)}, without optimizer state)")
 
 

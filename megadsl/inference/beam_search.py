@@ -27,8 +27,8 @@ class Decoder(Protocol):
 class _Search:
     """The beams of one source."""
 
-    def __init__(self, num_beams: int, length_penalty: float, steps: int):
-        self._num_beams, self._penalty, self._steps = num_beams, length_penalty, steps
+    def __init__(self, num_beams: int, length_penalty: float, steps: int, early_stopping: bool):
+        self._num_beams, self._penalty, self._steps, self._early = num_beams, length_penalty, steps, early_stopping
         self.rows: list[list[int]] = [[] for _ in range(num_beams)]
         self.finished: list[Hypothesis] = []
         self.done = False
@@ -44,7 +44,7 @@ class _Search:
         self.finished = sorted(self.finished, key=lambda pair: -pair[0])[:self._num_beams]
         # A beam can only lose probability; its mean may still rise, so the bound is its score over the longest length.
         bound = kept[0][0] / self._steps ** self._penalty
-        self.done = len(self.finished) == self._num_beams and self.finished[-1][0] >= bound
+        self.done = len(self.finished) == self._num_beams and (self._early or self.finished[-1][0] >= bound)
         if not self.done:
             self.rows = [[*self.rows[beam], token] for _, beam, token in kept]
         return kept
@@ -59,10 +59,13 @@ class _Search:
 
 @torch.inference_mode()
 def beam_search(decoding: Decoder, start: int, end: int, vocab_size: int, steps: int, num_beams: int,
-                length_penalty: float = 1.0) -> list[list[Hypothesis]]:
-    """For every source the likeliest targets found, best first, of at most `steps` tokens."""
+                length_penalty: float = 1.0, early_stopping: bool = False) -> list[list[Hypothesis]]:
+    """For every source the likeliest targets found, best first, of at most `steps` tokens.
+
+    `early_stopping`: a source is done with its first k finished hypotheses, as in fairseq, and not only once no beam can get better.
+    """
     device, rows = decoding.device, decoding.rows
-    searches = [_Search(num_beams, length_penalty, steps) for _ in range(rows // num_beams)]
+    searches = [_Search(num_beams, length_penalty, steps, early_stopping) for _ in range(rows // num_beams)]
     tokens = torch.full((rows, 1), start, device=device)
     # All beams start equal: only the first may branch.
     scores = torch.full((len(searches), num_beams), -torch.inf, device=device)

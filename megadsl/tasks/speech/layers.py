@@ -7,7 +7,6 @@ Shape letters: b micro-batch, n frames, s positions (n / 4), h hidden, c channel
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
 
 from megadsl.model.activations import Activations
 from megadsl.model.init import ParameterTag, tag
@@ -22,12 +21,12 @@ class Convolutions(torch.nn.Module):
         inner_std, std: of the weights of the first and of the second one.
     """
 
-    def __init__(self, config: TransformerConfig, channels: int, inner_std: float, std: float):
+    def __init__(self, hidden_size: int, dtype: torch.dtype, channels: int, inner_std: float, std: float):
         super().__init__()
-        self.inner_weight = _parameter((channels, NUM_BINS, KERNEL), "inner_projection", inner_std, config)
-        self.inner_bias = _bias(channels, config)
-        self.weight = _parameter((config.hidden_size, channels, KERNEL), "input_projection", std, config)
-        self.bias = _bias(config.hidden_size, config)
+        self.inner_weight = _parameter((channels, NUM_BINS, KERNEL), "inner_projection", inner_std, dtype)
+        self.inner_bias = _bias(channels, dtype)
+        self.weight = _parameter((hidden_size, channels, KERNEL), "input_projection", std, dtype)
+        self.bias = _bias(hidden_size, dtype)
 
     def forward(self, value: Activations) -> Activations:
         """frames [b, n, 80], frame_counts [b] -> hidden [s, b, h], source_segments [b, s]."""
@@ -41,10 +40,10 @@ class Convolutions(torch.nn.Module):
 class StackedFrames(torch.nn.Module):
     """One matrix over 4 frames side by side."""
 
-    def __init__(self, config: TransformerConfig, std: float):
+    def __init__(self, hidden_size: int, dtype: torch.dtype, std: float):
         super().__init__()
-        self.weight = _parameter((config.hidden_size, STRIDE * NUM_BINS), "input_projection", std, config)
-        self.bias = _bias(config.hidden_size, config)
+        self.weight = _parameter((hidden_size, STRIDE * NUM_BINS), "input_projection", std, dtype)
+        self.bias = _bias(hidden_size, dtype)
 
     def forward(self, value: Activations) -> Activations:
         frames = value["frames"].to(self.weight.dtype)
@@ -58,13 +57,13 @@ def _positions(value: Activations, hidden: torch.Tensor) -> Activations:
     return value.without("frames", "frame_counts").replace(hidden=hidden, source_segments=segments)
 
 
-def _parameter(shape: tuple[int, ...], role: str, std: float, config: TransformerConfig) -> torch.nn.Parameter:
-    parameter = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+def _parameter(shape: tuple[int, ...], role: str, std: float, dtype: torch.dtype) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype))
     tag(parameter, ParameterTag(role, shape, {role: std}, decays=True))
     return parameter
 
 
-def _bias(size: int, config: TransformerConfig) -> torch.nn.Parameter:
-    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype))
+def _bias(size: int, dtype: torch.dtype) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(torch.empty(size, dtype=dtype))
     tag(parameter, ParameterTag("bias", (size,), {}))
     return parameter

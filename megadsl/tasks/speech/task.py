@@ -115,9 +115,9 @@ class SpeechTranslation(TargetTextTask):
 
         stds, core = builder.plan.embedding.weight_std, builder.core
         if self.options.front_end == "convolution":
-            front = partial(Convolutions, core, self.options.conv_channels, stds["inner_projection"], stds["input_projection"])
+            front = partial(Convolutions, core.hidden_size, core.params_dtype, self.options.conv_channels, stds["inner_projection"], stds["input_projection"])
         else:
-            front = partial(StackedFrames, core, stds["input_projection"])
+            front = partial(StackedFrames, core.hidden_size, core.params_dtype, stds["input_projection"])
         return TaskLayers(
             inputs=[LayerEntry("encoder.front_end", front), builder.embedding_sum("encoder.embedding", self.model.seq_length)],
             target_inputs=[builder.target_embedding(), builder.embedding_sum("decoder.embedding", self.model.target_length)],

@@ -55,7 +55,8 @@ def hypotheses(task: "TargetTextTask", model: TrainedModel, chosen: Chosen, requ
             numbers = chosen.numbers[start:start + size]
             batch = task.collate([chosen[index] for index in range(start, start + len(numbers))])
             decoding = Decoding(model, {name: batch[name].to(model.device) for name in names}, beams)
-            results = beam_search(decoding, tokenizer.bos, tokenizer.eos, tokenizer.vocab_size, task.model.target_length, beams, penalty)
+            results = beam_search(decoding, tokenizer.bos, tokenizer.eos, tokenizer.vocab_size, task.model.target_length, beams, penalty,
+                                  early_stopping=True)
             found |= {number: (tokenizer.decode(best[0][1]), best[0][0]) for number, best in zip(numbers, results, strict=True)}
             advance(1)
     return {number: result for part in gather_over_data_ranks(found) for number, result in part.items()}

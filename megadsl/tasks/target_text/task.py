@@ -171,22 +171,23 @@ class TargetTextTask(Task):
         return (float(batch["loss_mask"].sum()),)
 
     def loss(self, output: "Activations", targets: Batch) -> "Sequence[torch.Tensor]":
-        from megadsl.model.loss import smoothed_token_losses, token_losses
+        from megadsl.model.loss import smoothed_token_losses, token_losses_and_log_normalizers
 
         logits, labels = output["logits"], targets["labels"]
         if self.options.label_smoothing:
             losses = smoothed_token_losses(logits, labels, self.options.label_smoothing, self.tokenizer.vocab_size)
         else:
-            losses = token_losses(logits, labels)
+            # Not token_losses: Megatron's function writes over the logits, which the metrics read too.
+            losses = token_losses_and_log_normalizers(logits, labels)[0]
         return ((losses * targets["loss_mask"]).double().sum(),)
 
     def metrics(self, output: "Activations", targets: Batch) -> Sequence[Sum]:
-        from megadsl.model.loss import likeliest_tokens, token_losses
+        from megadsl.model.loss import likeliest_tokens, token_losses_and_log_normalizers
 
         counted = targets["loss_mask"]
         right = likeliest_tokens(output["logits"], self.tokenizer.vocab_size) == targets["labels"]
         count = counted.sum()
-        losses = token_losses(output["logits"], targets["labels"])
+        losses = token_losses_and_log_normalizers(output["logits"], targets["labels"])[0]
         return Sum((losses * counted).double().sum(), count), Sum((right * counted).sum(), count)
 
     def extent(self, batch: Batch) -> Extent:
