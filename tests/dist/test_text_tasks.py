@@ -101,3 +101,30 @@ def test_evaluates_the_same_on_any_number_of_processes(server, references, task)
     for world, tensor in ((2, 1), (2, 2)):
         for results in server.run(world, evaluated, run_dir, tensor):
             assert results == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [REFERENCE, (1, 2, 1, 1), (1, 1, 2, 3)], ids=str)
+def test_frozen_layers_stay_and_the_others_learn_by_their_depth(server, small_data, folders, references, tmp_path, layout):
+    """From a trained run: embedding and two layers as they were, bit for bit; a step of the others in the ratio of their rates."""
+    from safetensors.torch import load_file
+
+    trunk = references["text_classification"].training.run_dir
+    # Adam's first step is lr x sign of the gradient, where eps is nothing beside it.
+    config = configured(
+        small_data, folders["text_classification"], "text_classification", tmp_path / "run", layout, checkpoint={"init_from": trunk})
+    config = config.model_copy(update={
+        "optimizer": config.optimizer.model_copy(update={
+            "lr": 1e-3, "layer_lr_decay": 0.5, "weight_decay": 0.0, "lr_warmup_iters": 0, "adam_eps": 1e-20, "lr_decay_style": "constant"}),
+        "training": config.training.model_copy(update={"train_iters": 1, "freeze_layers": 2})})
+    said = server.run(layout[0] * layout[1] * layout[2], train, config)[0]
+    assert "tensors taken" in said and "stands still" not in said
+
+    def weights(run_dir):
+        return {name: tensor for file in (open_checkpoint(run_dir).path / "weights").glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+    before, after = weights(trunk), weights(tmp_path / "run")
+    moved = {name: (after[name] - before[name]).abs().median().item() for name in before}
+    frozen = {name for name in before if name.startswith(("embedding", "encoder.0.", "encoder.1."))}
+    assert frozen and all(moved[name] == 0.0 for name in frozen)
+    for prefix, factor in (("encoder.2.mlp.linear_fc1.weight", 0.25), ("encoder.3.mlp.linear_fc1.weight", 0.5), ("classifier.linear.weight", 1.0)):
+        assert moved[prefix] == pytest.approx(1e-3 * factor, rel=1e-2)
