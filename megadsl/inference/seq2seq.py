@@ -18,6 +18,7 @@ from megadsl.inference.sampling import Sampling
 from megadsl.model.activations import Activations
 from megadsl.model.builder import TARGET_WORDS
 from megadsl.model.cache import KeyValueCache
+from megadsl.model.loss import whole_logits
 
 
 class Decoding:
@@ -42,7 +43,7 @@ class Decoding:
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [b, 1] -> logits [b, v]."""
-        return run_cached(self._decoder, self._encoded.replace(target_tokens=tokens), self.cache, tokens.size(1))
+        return whole_logits(run_cached(self._decoder, self._encoded.replace(target_tokens=tokens), self.cache, tokens.size(1)))
 
 
 def decoding_of_tokens(model: TrainedModel, source: list[int], copies: int) -> Decoding:

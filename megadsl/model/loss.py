@@ -65,6 +65,11 @@ class _LossesAndLogNormalizers(torch.autograd.Function):
         return gradient.scatter_add_(-1, index, -loss_gradient.masked_fill(elsewhere, 0.0).unsqueeze(-1)), None
 
 
+def whole_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [..., v/p] of all tensor-parallel ranks side by side, [..., v]."""
+    return tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+
+
 @torch.no_grad()
 def likeliest_tokens(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The likeliest real token of every position (the padding of the vocabulary is none). logits [s, b, v/p] -> [b, s]."""

@@ -11,9 +11,10 @@ from small_data import make_corpus, make_dataset, make_tokenizer
 
 from megadsl.data.corpus import SPLITS, build_corpus, read_split
 from megadsl.data.dataset import load_dataset
-from megadsl.data.preprocess import _ordered_map, preprocess
+from megadsl.data.preprocess import preprocess
 from megadsl.data.statistics import repeat_probability, write_statistics
 from megadsl.data.tokenizer import Tokenizer
+from megadsl.data.worker_pool import ordered_map
 from megadsl.errors import UserError
 
 OUTPUTS = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")] + ["tokenizer.model", "stats.json"]
@@ -133,13 +134,13 @@ def test_repeat_probability_counts_pairs():
 
 
 def test_a_killed_worker_is_a_sentence_and_not_a_hang():
-    with pytest.raises(UserError, match="fewer --workers"), _ordered_map(2) as run:
+    with pytest.raises(UserError, match="fewer --workers"), ordered_map(2) as run:
         list(run(os._exit, [1, 1, 1]))
 
 
 def test_work_in_order_never_runs_far_ahead_of_its_reader():
     taken = []
-    with _ordered_map(2) as run:
+    with ordered_map(2) as run:
         results = run(abs, (taken.append(i) or -i for i in range(1000)))
         assert [next(results) for _ in range(10)] == list(range(10)) and len(taken) < 20
         assert list(results) == list(range(10, 1000))
