@@ -116,7 +116,7 @@ def test_frozen_layers_stay_and_the_others_learn_by_their_depth(server, small_da
         "optimizer": config.optimizer.model_copy(update={
             "lr": 1e-3, "layer_lr_decay": 0.5, "weight_decay": 0.0, "lr_warmup_iters": 0, "adam_eps": 1e-20, "lr_decay_style": "constant"}),
         "training": config.training.model_copy(update={"train_iters": 1, "freeze_layers": 2})})
-    said = server.run(layout[0] * layout[1] * layout[2], train, config)[0]
+    said = next(filter(None, server.run(layout[0] * layout[1] * layout[2], train, config)))
     assert "tensors taken" in said and "stands still" not in said
 
     def weights(run_dir):
