@@ -78,6 +78,8 @@ class Cluster:
         while "Reason=BeginTime" not in self.run("scontrol", "show", "job", job):
             assert time.monotonic() < deadline, f"job {job} is not requeued"
             time.sleep(0.2)
+        # In the second in which a node revokes the first run's credential it also takes the second run's for revoked and kills the job.
+        time.sleep(2.5)
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=self.environment, capture_output=True, timeout=60)
 
     def wait_for_line(self, job: str, pattern: str, cwd: Path, seconds: float = 80) -> None:
