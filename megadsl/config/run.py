@@ -54,6 +54,12 @@ class Config(Section):
             )
         if self.training.freeze_layers > layers:
             raise ValueError(f"training.freeze_layers {self.training.freeze_layers} is more than the model's {layers} layers")
+        if stages > 1 and (self.training.freeze_layers or self.optimizer.layer_lr_decay != 1.0):
+            # DeepSpeed adds up the norm of one parameter group after the other over the stages, which must all have the same ones.
+            raise ValueError(
+                "training.freeze_layers and optimizer.layer_lr_decay do not go with parallel.pipeline_model_parallel_size "
+                f"{stages}, whose stages hold different layers; use tensor parallelism or ZeRO instead"
+            )
         if self.training.precision != "fp32" and parallel.zero_stage == 0:
             raise ValueError(
                 f"parallel.zero_stage 0 does not go with training.precision {self.training.precision} "

@@ -119,3 +119,13 @@ def test_what_does_not_fit_is_a_sentence(small_data, tmp_path, task, model, word
     data = make("text_classification", tmp_path, small_data.tokenizer)
     with pytest.raises(UserError, match=words):
         task_of(configured(small_data, data, task, model=model)).check()
+
+
+@pytest.mark.parametrize("sections, words", [
+    ({"training": {"freeze_layers": 1}, "parallel": {"pipeline_model_parallel_size": 2}}, "do not go with parallel.pipeline_model_parallel_size 2"),
+    ({"optimizer": {"layer_lr_decay": 0.9}, "parallel": {"pipeline_model_parallel_size": 2}}, "do not go with parallel.pipeline_model_parallel_size 2"),
+    ({"training": {"freeze_layers": 3}}, "training.freeze_layers 3 is more than the model's 2 layers"),
+])
+def test_depth_options_that_do_not_fit(small_data, tmp_path, sections, words):
+    with pytest.raises(UserError, match=words):
+        configured(small_data, tmp_path, {"name": "text_classification"}, **sections)
