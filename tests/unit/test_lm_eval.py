@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs package lm_eval")
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None,
+                                   reason="needs package lm_eval (pip install lm_eval[hf])")
 
 
 @needs_lm_eval
