@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+# Before it is imported: what it asserts is explained as in a test.
+pytest.register_assert_rewrite("layout_runs")
+
 from megadsl.config import Config
 from megadsl.config.load import parse_config
 

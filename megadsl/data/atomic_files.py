@@ -19,8 +19,9 @@ def fingerprint(value) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a small file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

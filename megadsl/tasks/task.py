@@ -20,6 +20,7 @@ from megadsl.config import Config
 from megadsl.config.load import validate_section
 from megadsl.config.model import ModelConfig
 from megadsl.config.section import Section
+from megadsl.data.epoch_order import evenly_spread
 from megadsl.errors import UserError
 from megadsl.theory.inputs import TokenStatistics
 
@@ -245,9 +246,12 @@ class Task(ABC):
 
     def evaluation_samples(self, request: EvaluationRequest, count: int) -> "list[Batch]":
         """At most `count` samples of what `request` names, spread over it, to look at a model with; UserError where there is none."""
-        dataset = getattr(self.splits(0), request.split)
-        count = min(count, len(dataset))
-        return [dataset[(2 * index + 1) * len(dataset) // (2 * count)] for index in range(count)]
+        dataset = self.evaluation_dataset(request)
+        return [dataset[index] for index in evenly_spread(len(dataset), count)]
+
+    def evaluation_dataset(self, request: EvaluationRequest) -> Any:
+        """The samples that `request` names, each once."""
+        return getattr(self.splits(0), request.split)
 
     def require_known(self, request: EvaluationRequest) -> None:
         """UserError at the first option of a request that the task does not read."""

@@ -1,21 +1,16 @@
 """checkpoint.init_from takes another run's trunk: another task and head, another length, in every layout, and says what it took."""
 
-import contextlib
-import io
 from pathlib import Path
 
 import pytest
 import torch
+from layout_runs import LAYOUTS, REFERENCE, train, weights
 from ranks import ForkServer
-from safetensors.torch import load_file
 from vector_task import write_vectors
 
 from megadsl.checkpoint.store import open_checkpoint
-from megadsl.config import Config
 from megadsl.errors import UserError
 
-# (tensor, pipeline, data, ZeRO)
-LAYOUTS = [(1, 1, 1, 0), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 3)]
 # So small that Adam's steps do not change a weight in fp32.
 NO_STEPS = {"lr": 1e-30, "weight_decay": 0.0, "lr_warmup_iters": 0}
 
@@ -24,21 +19,6 @@ NO_STEPS = {"lr": 1e-30, "weight_decay": 0.0, "lr_warmup_iters": 0}
 def server():
     with ForkServer() as started:
         yield started
-
-
-def train(config: Config) -> str:
-    from megadsl.training.loop import train as run
-
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        run(config)
-    return said.getvalue()
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in (open_checkpoint(run_dir).path / "weights").glob("*.safetensors"):
-        found |= load_file(file)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +30,7 @@ def pretrained(server, small_data, tmp_path_factory) -> dict[str, Path]:
     return runs
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [REFERENCE, *LAYOUTS], ids=str)
 def test_another_task_takes_the_trunk(server, small_data, pretrained, tmp_path, layout):
     tensor, pipeline, data, zero = layout
     config = small_data.config(

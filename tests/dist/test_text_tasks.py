@@ -1,22 +1,17 @@
 """Text classification, multiple choice and span questions: the same losses in every layout, exact resuming, evaluation on any ranks."""
 
-import contextlib
-import io
-import json
-import shutil
 from pathlib import Path
 
 import pytest
+from layout_runs import (
+    LAYOUTS, REFERENCE, curve, evaluated, parallel_section, require_same_curve_and_exact_resumption, require_same_on_two_processes, train,
+    weights,
+)
 from ranks import ForkServer
 from text_data import KINDS, make
 
-from megadsl.checkpoint.manifest import read_manifest
-from megadsl.checkpoint.store import open_checkpoint
 from megadsl.config import Config
 
-# (tensor, pipeline, data, ZeRO)
-REFERENCE = (1, 1, 1, 0)
-LAYOUTS = [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +27,11 @@ def folders(small_data, tmp_path_factory) -> dict[str, Path]:
 
 
 def configured(small_data, data: Path, task: str, run_dir: Path, layout=REFERENCE, **sections: dict) -> Config:
-    tensor, pipeline, _, zero = layout
     options = {"question_answering": {"doc_stride": 12, "max_query_length": 8}}.get(task, {})
     model = {"family": "encoder", "num_layers": 4, "num_tokentypes": 2, **sections.pop("model", {})}
     return small_data.config(
         run_dir, model=model, task={"name": task, **options}, data={"datasets": [str(data)]}, optimizer={"lr": 5e-4, "adam_eps": 1e-6}, training={"train_iters": 12},
-        parallel={"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "zero_stage": zero}, **sections)
-
-
-def train(config: Config) -> str:
-    from megadsl.training.loop import train as run
-
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        run(config)
-    return said.getvalue()
-
-
-def curve(config: Config) -> list[tuple[float, float]]:
-    rows = [json.loads(line) for line in (Path(config.training.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [(row["train/loss"], row["train/grad_norm"]) for row in rows if "train/loss" in row]
+        parallel=parallel_section(layout), **sections)
 
 
 @pytest.fixture(scope="module")
@@ -66,48 +47,23 @@ def references(server, small_data, folders, tmp_path_factory) -> dict[str, Confi
 @pytest.mark.parametrize("task", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_trains_the_same_and_resumes_exactly_in_every_layout(server, small_data, folders, references, tmp_path, task, layout):
-    world = layout[0] * layout[1] * layout[2]
     config = configured(small_data, folders[task], task, tmp_path / "run", layout, checkpoint={"save_interval": 6})
-    server.run(world, train, config)
     expected = curve(references[task])
     assert len(expected) == 12 and sum(loss for loss, _ in expected[-5:]) < sum(loss for loss, _ in expected[:5])
-    for column in range(2):
-        assert [row[column] for row in curve(config)] == pytest.approx([row[column] for row in expected], rel=1e-5)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    straight = read_manifest(checkpoints / "iteration-0000012").files
-    shutil.rmtree(checkpoints / "iteration-0000012")
-    assert "resuming after iteration 6" in server.run(world, train, config)[0]
-    resumed = read_manifest(checkpoints / "iteration-0000012").files
-    assert {name: file.sha256 for name, file in resumed.items()} == {name: file.sha256 for name, file in straight.items()}
-
-
-def evaluated(run_dir: str, tensor: int) -> dict:
-    from megadsl.parallel.groups import destroy_groups
-    from megadsl.parallel.launch import discover_launch
-    from megadsl.tasks.task import EvaluationRequest
-    from megadsl.tasks.trained import load_trained
-
-    task, model = load_trained(open_checkpoint(run_dir), "cpu", tensor_parallel=tensor, launch=discover_launch())
-    results = task.evaluate(model, EvaluationRequest(split="validation", batch_tokens=256))
-    destroy_groups()
-    return results
+    require_same_curve_and_exact_resumption(server, config, layout, expected)
 
 
 @pytest.mark.parametrize("task", KINDS)
 def test_evaluates_the_same_on_any_number_of_processes(server, references, task):
-    run_dir = references[task].training.run_dir
-    one = server.run(1, evaluated, run_dir, 1)[0]
+    run_dir, request = references[task].training.run_dir, {"split": "validation", "batch_tokens": 256}
+    one = server.run(1, evaluated, run_dir, 1, request)[0]
     assert one[{"question_answering": "questions"}.get(task, "samples")] == {"text_classification": 30, "multiple_choice": 18}.get(task, 14)
-    for world, tensor in ((2, 1), (2, 2)):
-        for results in server.run(world, evaluated, run_dir, tensor):
-            assert results == pytest.approx(one, rel=1e-6)
+    require_same_on_two_processes(server, run_dir, request, one)
 
 
 @pytest.mark.parametrize("layout", [REFERENCE, (2, 1, 1, 1), (1, 1, 2, 3)], ids=str)
 def test_frozen_layers_stay_and_the_others_learn_by_their_depth(server, small_data, folders, references, tmp_path, layout):
     """From a trained run: embedding and two layers as they were, bit for bit; a step of the others in the ratio of their rates."""
-    from safetensors.torch import load_file
-
     trunk = references["text_classification"].training.run_dir
     # Adam's first step is lr x sign of the gradient, where eps is nothing beside it.
     config = configured(
@@ -118,9 +74,6 @@ def test_frozen_layers_stay_and_the_others_learn_by_their_depth(server, small_da
         "training": config.training.model_copy(update={"train_iters": 1, "freeze_layers": 2})})
     said = next(filter(None, server.run(layout[0] * layout[1] * layout[2], train, config)))
     assert "tensors taken" in said and "stands still" not in said
-
-    def weights(run_dir):
-        return {name: tensor for file in (open_checkpoint(run_dir).path / "weights").glob("*.safetensors") for name, tensor in load_file(file).items()}
 
     before, after = weights(trunk), weights(tmp_path / "run")
     moved = {name: (after[name] - before[name]).abs().median().item() for name in before}

@@ -1,23 +1,17 @@
 """The seam: a task that the package does not know (tests/vector_task.py) is planned, trained, resumed and evaluated in every layout."""
 
-import contextlib
-import io
-import json
-import shutil
 from pathlib import Path
 
 import pytest
+from layout_runs import (
+    LAYOUTS, REFERENCE, curve, evaluated, parallel_section, require_same_curve_and_exact_resumption, require_same_on_two_processes, train,
+)
 from ranks import ForkServer
 from vector_task import write_vectors
 
-from megadsl.checkpoint.manifest import read_manifest
-from megadsl.checkpoint.store import open_checkpoint
 from megadsl.config import Config
 from megadsl.errors import UserError
 
-# (tensor, pipeline, data, ZeRO)
-REFERENCE = (1, 1, 1, 0)
-LAYOUTS = [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 3), (2, 2, 1, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +26,10 @@ def vectors(tmp_path_factory) -> Path:
 
 
 def configured(small_data, vectors: Path, run_dir: Path, layout=REFERENCE, **sections: dict) -> Config:
-    tensor, pipeline, _, zero = layout
     model = {"family": "encoder", "seq_length": 16, "num_layers": 4, **sections.pop("model", {})}
     return small_data.config(
         run_dir, model=model, task={"name": "vector_classification"}, data={"datasets": [str(vectors)]}, tokenizer={"model": "none"},
-        parallel={"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "zero_stage": zero}, **sections)
-
-
-def train(config: Config) -> str:
-    from megadsl.training.loop import train as run
-
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        run(config)
-    return said.getvalue()
-
-
-def curve(config: Config) -> list[tuple[float, float]]:
-    rows = [json.loads(line) for line in (Path(config.training.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [(row["train/loss"], row["train/grad_norm"]) for row in rows if "train/loss" in row]
+        parallel=parallel_section(layout), **sections)
 
 
 @pytest.fixture(scope="module")
@@ -60,43 +40,19 @@ def reference(server, small_data, vectors, tmp_path_factory) -> Config:
     return config
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, (2, 2, 1, 1)], ids=str)
 def test_trains_the_same_and_resumes_exactly_in_every_layout(server, small_data, vectors, reference, tmp_path, layout):
-    world = layout[0] * layout[1] * layout[2]
     config = configured(small_data, vectors, tmp_path / "run", layout, checkpoint={"save_interval": 10})
-    server.run(world, train, config)
     expected = curve(reference)
     assert expected[-1][0] < 0.3 * expected[0][0]
-    for column in range(2):
-        assert [row[column] for row in curve(config)] == pytest.approx([row[column] for row in expected], rel=1e-5)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    straight = read_manifest(checkpoints / "iteration-0000020").files
-    shutil.rmtree(checkpoints / "iteration-0000020")
-    said = server.run(world, train, config)[0]
-    assert "resuming after iteration 10" in said
-    resumed = read_manifest(checkpoints / "iteration-0000020").files
-    assert {name: file.sha256 for name, file in resumed.items()} == {name: file.sha256 for name, file in straight.items()}
-
-
-def evaluated(run_dir: str, tensor: int) -> dict:
-    from megadsl.parallel.groups import destroy_groups
-    from megadsl.parallel.launch import discover_launch
-    from megadsl.tasks.task import EvaluationRequest
-    from megadsl.tasks.trained import load_trained
-
-    task, model = load_trained(open_checkpoint(run_dir), "cpu", tensor_parallel=tensor, launch=discover_launch())
-    results = task.evaluate(model, EvaluationRequest(batch_tokens=48))
-    destroy_groups()
-    return results
+    require_same_curve_and_exact_resumption(server, config, layout, expected)
 
 
 def test_evaluates_the_same_on_any_number_of_processes(server, reference):
-    run_dir = reference.training.run_dir
-    one = server.run(1, evaluated, run_dir, 1)[0]
+    run_dir, request = reference.training.run_dir, {"batch_tokens": 48}
+    one = server.run(1, evaluated, run_dir, 1, request)[0]
     assert one["samples"] == 40 and one["accuracy"] > 0.9 and one["loss"] < 0.3
-    for world, tensor in ((2, 1), (2, 2)):
-        for results in server.run(world, evaluated, run_dir, tensor):
-            assert results == pytest.approx(one, rel=1e-6)
+    require_same_on_two_processes(server, run_dir, request, one)
 
 
 def test_the_plan_predicts_it(small_data, vectors, tmp_path, one_process):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megadsl.data.epoch_order import evenly_spread
 from megadsl.errors import UserError
 from megadsl.tasks.image.prepared import Images, ImageSet
 from megadsl.tasks.image.samples import PlainImages
@@ -88,8 +89,7 @@ def open_corrupted(folder: Path, described: ImageSet, count: int | None) -> dict
             files += [(file, described.classes.index(inner.name)) for file in sorted(inner.iterdir()) if file.suffix.lower() in PICTURES]
         if not files:
             raise UserError(f"{part} holds no picture in folders of classes.")
-        taken = min(count or len(files), len(files))
-        files = [files[(2 * index + 1) * len(files) // (2 * taken)] for index in range(taken)]
+        files = [files[place] for place in evenly_spread(len(files), count or len(files))]
         size = described.height if described.height == described.width else None
         found[part.parent.name, part.name] = _Pictures(described, FileRows(files, size, described.channels))
     if not found:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megadsl.data.epoch_order import evenly_spread
 from megadsl.errors import UserError
 from megadsl.inference.load import TrainedModel
 from megadsl.model.activations import Activations
@@ -98,9 +99,8 @@ def _images(task: "ImageClassification", request: EvaluationRequest) -> Images:
     images = prepared.split(request.split)
     if not len(images):
         raise UserError(f"The {request.split} split of {prepared.folder / MANIFEST} is empty; choose another with --split.")
-    count = min(request.max_samples or len(images), len(images))
-    places = [(2 * index + 1) * len(images) // (2 * count) for index in range(count)]
-    return images if count == len(images) else Images(images.images[places], images.labels[places])
+    places = evenly_spread(len(images), request.max_samples or len(images))
+    return images if len(places) == len(images) else Images(images.images[places], images.labels[places])
 
 
 def _tally(task: "ImageClassification", model: TrainedModel, samples: torch.utils.data.Dataset, request: EvaluationRequest, title: str) -> Tally:

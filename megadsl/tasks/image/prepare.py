@@ -3,13 +3,12 @@
 Shape letters: n images, H height, W width, c channels.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megadsl.data.atomic_files import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
+from megadsl.data.atomic_files import file_sha256, fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
 from megadsl.data.progress_bar import progress
 from megadsl.errors import UserError
 from megadsl.tasks.image.prepared import FORMAT, MANIFEST, SPLITS
@@ -78,7 +77,7 @@ def prepare_images(path: Path, output: Path, wanted: Preparation) -> tuple[dict,
         "format": FORMAT, "made_from": made_from, "source": str(path), "height": height, "width": width, "channels": channels,
         "classes": list(classes), "mean": mean, "deviation": deviation, "splits": counts, "skipped_rows": len(found.skipped),
         "first_skipped": found.skipped[:10], "file_bytes": {name: (output / name).stat().st_size for name in names},
-        "sha256": {name: _checksum(output / name) for name in names},
+        "sha256": {name: file_sha256(output / name) for name in names},
     }
     write_json(output / MANIFEST, manifest)
     return manifest, False
@@ -89,12 +88,7 @@ def _whole(folder: Path, manifest: dict) -> bool:
     sizes, sums = manifest.get("file_bytes"), manifest.get("sha256")
     if not isinstance(sizes, dict) or not isinstance(sums, dict) or not sizes_match(folder, sizes):
         return False
-    return all(_checksum(folder / name) == value for name, value in sums.items())
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return all(file_sha256(folder / name) == value for name, value in sums.items())
 
 
 def _classes(source: Source, wanted: Preparation) -> tuple[str, ...]:

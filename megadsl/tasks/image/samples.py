@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from megadsl.data.epoch_order import EpochOrder
 from megadsl.tasks.image.options import ImageOptions
 from megadsl.tasks.image.prepared import Images, ImageSet, Prepared
 from megadsl.tasks.image.transforms import Augmentation, as_channels, one_hot
@@ -19,17 +20,14 @@ class TrainingImages(torch.utils.data.Dataset):
 
     def __init__(self, options: ImageOptions, described: ImageSet, images: Images, seed: int):
         self._augmentation, self._images, self._seed = Augmentation(options, described, images), images, seed % 2**32
-        self._order = (-1, np.empty(0, np.int64))
+        self._order = EpochOrder(len(images), seed)
 
     def __len__(self) -> int:
         return 2**40
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index = int(index)
-        epoch, place = divmod(index, len(self._images))
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.RandomState([self._seed, epoch]).permutation(len(self._images))
-        place = int(self._order[1][place])
+        place = self._order[index]
         # Three words, so that this is no stream of the permutations.
         pixels, target = self._augmentation.sample(place, np.random.RandomState([self._seed, index % 2**32, index >> 32]))
         return _tensors(pixels, target, int(self._images.labels[place]))

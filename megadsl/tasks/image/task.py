@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megadsl.config.model import ModelConfig
+from megadsl.data.epoch_order import evenly_spread
 from megadsl.errors import UserError
 from megadsl.tasks.image.options import ImageOptions
 from megadsl.tasks.image.positions import plane_waves
@@ -129,9 +130,8 @@ class ImageClassification(Task):
         from megadsl.tasks.image.transforms import Augmentation
 
         augmentation, count = Augmentation(self.options, self.described, self.prepared.train), len(self.prepared.train)
-        measured = min(MEASURED_IMAGES, count)
-        pixels = np.stack([augmentation.sample((2 * index + 1) * count // (2 * measured), np.random.RandomState(index))[0]
-                           for index in range(measured)])
+        pixels = np.stack([augmentation.sample(place, np.random.RandomState(index))[0]
+                           for index, place in enumerate(evenly_spread(count, MEASURED_IMAGES))])
         patches = patches_of(pixels, self.options.patch_size)
         return patch_statistics(patches, self.padded_output_size, self.has_class_token, self._waves)
 

@@ -11,6 +11,7 @@ import unicodedata
 import numpy as np
 import torch
 
+from megadsl.data.epoch_order import evenly_spread
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.tasks.language.causal_samples import segments_of
 from megadsl.tasks.language.options import MaskedOptions
@@ -120,11 +121,8 @@ class OneMasked(torch.utils.data.Dataset):
 
     def __init__(self, tokens: np.ndarray, objective: Masked, length: int, tokenizer: Tokenizer, count: int):
         self._samples, self._mask = StreamSamples(tokens, objective, length), tokenizer.mask
-        windows = len(self._samples)
-        wanted = min(windows, max(1, -(-count // length)))
         self._places: list[tuple[int, int]] = []
-        for number in range(wanted):
-            window = (2 * number + 1) * windows // (2 * wanted)
+        for window in evenly_spread(len(self._samples), max(1, -(-count // length))):
             labels = self._samples[window]["labels"].numpy()
             self._places += [(window, int(position)) for position in np.flatnonzero(tokenizer.is_text[labels])]
         self._places = self._places[:count]

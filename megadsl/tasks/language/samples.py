@@ -13,6 +13,7 @@ import torch
 
 from megadsl.config import Config
 from megadsl.data.dataset import TOKENIZER, Window, load_dataset
+from megadsl.data.epoch_order import evenly_spread
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.data.windows import Blend, Windows
 from megadsl.tasks.task import Splits
@@ -101,10 +102,7 @@ class Spread(torch.utils.data.Dataset):
     """`count` samples of a dataset, evenly spread over it: an evaluation of a part must not depend on where the part lies."""
 
     def __init__(self, samples: torch.utils.data.Dataset, count: int):
-        self._samples = samples
-        total = len(samples)
-        count = min(count, total)
-        self._indices = [(2 * index + 1) * total // (2 * count) for index in range(count)]
+        self._samples, self._indices = samples, evenly_spread(len(samples), count)
 
     def __len__(self) -> int:
         return len(self._indices)

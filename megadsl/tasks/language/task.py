@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from megadsl.config import Config
 from megadsl.data.atomic_files import fingerprint, read_json
-from megadsl.data.dataset import MANIFEST, TOKENIZER, Window, load_dataset, require_tokens
-from megadsl.data.tokenizer import Tokenizer
+from megadsl.data.dataset import MANIFEST, Window, load_dataset, require_tokens
 from megadsl.errors import UserError
 from megadsl.tasks.language.options import LanguageOptions
-from megadsl.tasks.task import Batch, EvaluationRequest, Extent, LossPart, Sum, Task
+from megadsl.tasks.task import Batch, EvaluationRequest, Extent, LossPart, Sum
+from megadsl.tasks.tokenized import TokenizedTask
 from megadsl.theory.inputs import TokenStatistics, mixed, zipf
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_VOCAB_SIZE = 32000
 
 
-class LanguageTask(Task):
+class LanguageTask(TokenizedTask):
     """A task over text that was encoded by `megadsl data preprocess`.
 
     Attributes:
@@ -78,14 +78,6 @@ class LanguageTask(Task):
 
     # The protocol.
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.config.tokenizer.model)
-
-    @property
-    def padded_output_size(self) -> int:
-        return self.config.tokenizer.padded_vocab_size(self.tokenizer.vocab_size)
-
     def check(self) -> None:
         if not self.config.data.datasets:
             raise UserError("data.datasets is empty; name a folder of megadsl data preprocess, for example data.datasets=DIR.")
@@ -114,9 +106,6 @@ class LanguageTask(Task):
         statistics, count = self.input_statistics(), len(self.config.data.datasets)
         source = f"{statistics.num_tokens:,} tokens of {count} dataset(s)" if statistics.num_tokens else "Zipf"
         return f"vocabulary {statistics.vocab_size}, repeat probability {statistics.repeats:.4f} ({source})"
-
-    def files(self) -> dict[str, bytes]:
-        return {TOKENIZER: self.tokenizer.content}
 
     def data_fingerprints(self) -> dict[str, str]:
         return {

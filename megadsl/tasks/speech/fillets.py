@@ -5,11 +5,10 @@ dialogId("ID", "font", "english text") is followed by dialogStr("czech text").
 """
 
 import re
-import subprocess
 from pathlib import Path
 
-from megadsl.data.atomic_files import make_folder, written_atomically
-from megadsl.errors import UserError
+from megadsl.data.atomic_files import written_atomically
+from megadsl.data.debian import unpack_package
 from megadsl.tasks.speech.features import FRAMES_PER_SECOND, require_packages
 
 PACKAGES = ("fillets-ng-data", "fillets-ng-data-cs")
@@ -21,37 +20,15 @@ def fetch_fillets(output: Path) -> tuple[Path, int]:
     """Download and unpack the packages into `output` (nothing is installed); (manifest.tsv, number of utterances)."""
     require_packages()
     root = output / "usr" / "share" / "games" / "fillets-ng"
-    make_folder(output)
     for package, part in zip(PACKAGES, ("script", "sound"), strict=True):
         if not (root / part).is_dir():
-            unpack_debian(package, output)
+            unpack_package(package, output)
     rows = _rows(root, output)
     manifest = output / "manifest.tsv"
     with written_atomically(manifest) as temporary:
         lines = ["\t".join(("id", "audio", "n_frames", "tgt_text", "src_text")), *("\t".join(row) for row in rows)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return manifest, len(rows)
-
-
-def unpack_debian(package: str, output: Path) -> None:
-    """apt-get download and dpkg -x: no root rights over the system, no dependencies, nothing installed."""
-    packed = output / "packages"
-    make_folder(packed)
-    try:
-        for old in packed.glob(f"{package}_*.deb"):
-            old.unlink()
-        _run(["apt-get", "download", package], packed)
-        for file in packed.glob(f"{package}_*.deb"):
-            _run(["dpkg", "-x", str(file.resolve()), str(output.resolve())], packed)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is not there: the data comes as Debian packages; unpack {package} into {output} yourself.") from error
-
-
-def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{' '.join(command)} failed ({last}); run apt-get update, or unpack the package yourself.")
 
 
 def _rows(root: Path, output: Path) -> list[tuple[str, ...]]:

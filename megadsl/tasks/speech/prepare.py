@@ -9,7 +9,6 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +53,7 @@ def prepare_speech(manifest: Path, output: Path, settings: SpeechSettings, token
     """
     require_packages()
     bad = BadRows(skip_bad_rows)
-    rows = [row for row in _rows(manifest, settings, bad)]
-    if settings.limit:
-        rows = list(islice(rows, settings.limit))
+    rows = list(_rows(manifest, settings, bad))[:settings.limit]
     inputs = [vars(settings), skip_bad_rows, None if tokenizer is None else tokenizer.read_bytes().hex(), [_identity(row, manifest) for row in rows]]
     if earlier := earlier_dataset(output, NAME, inputs):
         return earlier, True

@@ -95,7 +95,7 @@ class SpeechTranslation(TargetTextTask):
         return front_end_moments(frames, self.options.front_end, self.options.conv_channels)
 
     def input_statistics(self) -> TokenStatistics:
-        target, found, stored = self.target_statistics(), self._front_end, self.stored
+        target, found, stored = self.target_statistics, self._front_end, self.stored
         lengths = self.positions(stored.source_lengths("train"))[:self.train_size]
         return TokenStatistics(
             target.vocab_size, found.overlap, num_tokens=int(lengths.sum()), projected_size=found.size,
@@ -104,7 +104,7 @@ class SpeechTranslation(TargetTextTask):
         )
 
     def describe_inputs(self) -> str:
-        found, target = self._front_end, self.target_statistics()
+        found, target = self._front_end, self.target_statistics
         return (f"overlap of positions {found.overlap:.4f} ({found.utterances} utterances, {self.options.front_end}); targets: vocabulary "
                 f"{target.vocab_size}, repeat probability {target.repeats:.4f} ({target.num_tokens:,} tokens)")
 

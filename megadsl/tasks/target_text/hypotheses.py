@@ -1,6 +1,7 @@
 """What a model writes for a split, by beam search on as many ranks as there are, and how good that is."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,8 @@ def evaluate_hypotheses(task: "TargetTextTask", model: TrainedModel, stored: Sto
                             ensure_ascii=False) for row in rows]
         Path(request.hypotheses).write_text("\n".join(lines) + "\n", encoding="utf-8")
     references = [row["tgt_text"] for row in rows]
-    learnt = [row["tgt_text"] for row in stored.texts("train")]
-    constant = max(sorted(set(learnt)), key=learnt.count) if learnt else ""
+    learnt = Counter(row["tgt_text"] for row in stored.texts("train"))
+    constant = max(sorted(learnt), key=learnt.get, default="")
     found = scores_of(task.options.scores, [row["hypothesis"] for row in rows], references)
     baseline = scores_of(task.options.scores, [constant] * len(rows), references)
     return {**found, **{f"{name}_of_most_frequent_target": value for name, value in baseline.items() if not isinstance(value, str)},

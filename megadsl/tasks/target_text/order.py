@@ -8,11 +8,13 @@ out of an epoch, others each time, so that batches stay aligned. Nothing of it d
 
 import numpy as np
 
+from megadsl.data.epoch_order import EpochOrder
+
 _ORDER = 0x0D  # tells this random stream from those of samples
 
 
-class BucketedOrder:
-    """Sample number -> number of the example, for ever.
+class BucketedOrder(EpochOrder):
+    """The order of an epoch, in global batches of similar length.
 
     Args:
         lengths: [n] of every example.
@@ -20,17 +22,10 @@ class BucketedOrder:
     """
 
     def __init__(self, lengths: np.ndarray, seed: int, global_batch_size: int, pool: int):
-        self._lengths, self._seed, self._batch, self._pool = lengths, seed % 2**32, global_batch_size, pool
         whole = len(lengths) - len(lengths) % global_batch_size
-        self.samples_per_epoch = whole or len(lengths)
+        super().__init__(whole or len(lengths), seed)
+        self._lengths, self._batch, self._pool = lengths, global_batch_size, pool
         self._bucketed = bool(whole and pool)
-        self._epoch: tuple[int, np.ndarray] | None = None
-
-    def __getitem__(self, index: int) -> int:
-        epoch, place = divmod(index, self.samples_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, self._permutation(epoch)
-        return int(self._epoch[1][place])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         rng = np.random.RandomState([self._seed, epoch % 2**32, _ORDER])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from megadsl.data.epoch_order import evenly_spread
 from megadsl.tasks.target_text.order import BucketedOrder
 from megadsl.tasks.target_text.stored import StoredTexts
 from megadsl.tasks.task import Splits
@@ -95,7 +96,4 @@ class Chosen(torch.utils.data.Dataset):
 
 def by_length(examples: Examples, lengths: np.ndarray, count: int | None) -> Chosen:
     """`count` examples evenly spread over a split (None: all), sorted by length so that batches hold little padding."""
-    total = len(examples)
-    count = min(count or total, total)
-    numbers = [(2 * index + 1) * total // (2 * count) for index in range(count)]
-    return Chosen(examples, sorted(numbers, key=lambda number: int(lengths[number])))
+    return Chosen(examples, sorted(evenly_spread(len(examples), count or len(examples)), key=lambda number: int(lengths[number])))

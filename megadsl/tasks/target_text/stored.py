@@ -27,6 +27,31 @@ FORMAT = 1
 TOKENIZER, TARGETS, TEXTS = "tokenizer.model", "targets.npz", "texts.jsonl"
 
 
+class TokenLists:
+    """Token ids of every example by split in one .npz: ids, all behind each other, and ends [examples]."""
+
+    def __init__(self, path: Path):
+        with np.load(path) as file:
+            self._arrays = dict(file)
+
+    @staticmethod
+    def write(path: Path, splits: dict[str, Sequence[Sequence[int]]]) -> None:
+        arrays = {}
+        for split, lists in splits.items():
+            arrays[f"{split}_ids"] = np.array([token for one in lists for token in one], np.int32)
+            arrays[f"{split}_ends"] = np.cumsum([len(one) for one in lists], dtype=np.int64)
+        write_arrays(path, arrays)
+
+    def of(self, split: str, index: int) -> np.ndarray:
+        """Token ids of an example: [t]."""
+        ends = self._arrays[f"{split}_ends"]
+        return self._arrays[f"{split}_ids"][ends[index - 1] if index else 0:ends[index]]
+
+    def lengths(self, split: str) -> np.ndarray:
+        """[examples]."""
+        return np.diff(self._arrays[f"{split}_ends"], prepend=0)
+
+
 class TextExamples:
     """What is there of every example beside its source, as lists in the order of the rows."""
 
@@ -81,12 +106,7 @@ def write_targets(output: Path, examples: TextExamples, tokenizer: Path | None, 
         else:
             temporary.write_bytes(Tokenizer.load(tokenizer).content)
     loaded = Tokenizer.load(output / TOKENIZER)
-    arrays = {}
-    for split in SPLITS:
-        targets = [loaded.encode(examples.texts[index]) for index in examples.of(split)]
-        arrays[f"{split}_ids"] = np.array([token for target in targets for token in target], np.int32)
-        arrays[f"{split}_ends"] = np.cumsum([len(target) for target in targets], dtype=np.int64)
-    write_arrays(output / TARGETS, arrays)
+    TokenLists.write(output / TARGETS, {split: [loaded.encode(examples.texts[index]) for index in examples.of(split)] for split in SPLITS})
     with written_atomically(output / TEXTS) as temporary, temporary.open("w", encoding="utf-8") as file:
         for example, split, text in zip(examples.ids, examples.splits, examples.texts, strict=True):
             file.write(json.dumps({"id": example, "split": split, "tgt_text": text}, ensure_ascii=False) + "\n")
@@ -140,17 +160,15 @@ class StoredTexts:
         return self.manifest["splits"][split]["examples"]
 
     @cached_property
-    def _targets(self) -> dict[str, np.ndarray]:
-        with np.load(self.folder / TARGETS) as file:
-            return dict(file)
+    def _targets(self) -> TokenLists:
+        return TokenLists(self.folder / TARGETS)
 
     def target(self, split: str, index: int) -> np.ndarray:
         """Token ids, without bos and eos: [t]."""
-        ends = self._targets[f"{split}_ends"]
-        return self._targets[f"{split}_ids"][ends[index - 1] if index else 0:ends[index]]
+        return self._targets.of(split, index)
 
     def target_lengths(self, split: str) -> np.ndarray:
-        return np.diff(self._targets[f"{split}_ends"], prepend=0)
+        return self._targets.lengths(split)
 
     def texts(self, split: str) -> list[dict[str, str]]:
         """{"id", "tgt_text"} of every example of a split."""

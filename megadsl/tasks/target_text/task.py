@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from megadsl.config import Config
-from megadsl.data.dataset import TOKENIZER
-from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 from megadsl.tasks.target_text.options import TargetTextOptions
 from megadsl.tasks.target_text.stored import StoredTexts
-from megadsl.tasks.task import Batch, EvaluationRequest, Extent, LossPart, Sum, Task
+from megadsl.tasks.task import Batch, EvaluationRequest, Extent, LossPart, Sum
+from megadsl.tasks.tokenized import TokenizedTask
 from megadsl.theory.inputs import TokenStatistics
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 _PAD = 0
 
 
-class TargetTextTask(Task):
+class TargetTextTask(TokenizedTask):
     """A task over a folder of target_text/stored.py.
 
     A batch is padded to its own longest source and target; under a pipeline, whose buffers have one size, to model.seq_length and
@@ -70,14 +69,6 @@ class TargetTextTask(Task):
 
     # The protocol.
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.config.tokenizer.model)
-
-    @property
-    def padded_output_size(self) -> int:
-        return self.config.tokenizer.padded_vocab_size(self.tokenizer.vocab_size)
-
     @property
     def folder(self) -> Path:
         datasets = self.config.data.datasets
@@ -110,9 +101,6 @@ class TargetTextTask(Task):
 
     def data_fingerprints(self) -> dict[str, str]:
         return {"data.datasets.0": self.stored.fingerprint}
-
-    def files(self) -> dict[str, bytes]:
-        return {TOKENIZER: self.tokenizer.content}
 
     def splits(self, train_samples: int) -> "TextSplits":
         from megadsl.tasks.target_text.order import BucketedOrder
@@ -196,13 +184,14 @@ class TargetTextTask(Task):
 
     # The plan.
 
+    @cached_property
     def target_statistics(self) -> TokenStatistics:
         """Of the decoder's words, as the training examples have them."""
         targets = [self.stored.target("train", index) for index in range(self.train_size)]
         return target_statistics(targets, self.tokenizer.vocab_size, self.tokenizer.eos)
 
     def validation_note(self) -> str:
-        return f"unigram entropy of the targets: {self.target_statistics().unigram_entropy:.4f}"
+        return f"unigram entropy of the targets: {self.target_statistics.unigram_entropy:.4f}"
 
     # Evaluation.
 

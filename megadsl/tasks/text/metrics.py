@@ -52,10 +52,7 @@ def majority_share(labels: torch.Tensor) -> float:
 def answer_metrics(task: str, predictions: list[str], answers: list[list[str]]) -> dict[str, float]:
     """Exact match and F1 of predicted texts ("": no answer) against lists of right ones (empty: there is none), as SQuAD's scripts count
     them: lower case, without punctuation and articles, the best over the right answers."""
-    functional = torchmetrics(task)
-    from torchmetrics.functional.text import squad
-
-    del functional
+    squad = torchmetrics(task).text.squad
     rows = [({"prediction_text": text, "id": str(index)}, {"answers": {"text": right or [""], "answer_start": [0] * max(1, len(right))}, "id": str(index)})
             for index, (text, right) in enumerate(zip(predictions, answers, strict=True))]
     found = squad([row[0] for row in rows], [row[1] for row in rows])

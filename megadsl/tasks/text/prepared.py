@@ -11,7 +11,6 @@
 Arrays are memory-mapped, so what a run does not read costs nothing.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadsl.data.atomic_files import fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
+from megadsl.data.atomic_files import file_sha256, fingerprint, make_folder, read_json, sizes_match, write_json, written_atomically
 from megadsl.data.dataset import TOKENIZER
 from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
@@ -151,7 +150,7 @@ def write_prepared(folder: Path, kind: str, splits: dict[str, list[Row]], tokeni
             _write_split(folder, split, rows, parts, tokenizer, kind == "questions")
     (folder / TOKENIZER).write_bytes(tokenizer.content)
     names = sorted(path.name for path in folder.iterdir() if path.name.split(".")[0] in SPLITS or path.name == TOKENIZER)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
     manifest = {
         "format": FORMAT, "kind": kind, "parts": parts, "labels": list(labels), "splits": {split: len(rows) for split, rows in splits.items()},
         "tokenizer_sha256": tokenizer.sha256, **facts, "files": files,
@@ -192,8 +191,3 @@ def _answer_tokens(row: Row, characters: np.ndarray) -> tuple[int, int]:
     begin, text = row.answers[0]
     touched = np.flatnonzero((characters[:, 1] > begin) & (characters[:, 0] < begin + len(text)))
     return int(touched[0]), int(touched[-1])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,11 +4,11 @@ Shape letters: k sequences of a sample, n tokens of the longest of them.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from megadsl.data.epoch_order import EpochOrder
 from megadsl.tasks.text.sequences import Sequence
 
 Targets = dict[str, np.ndarray]
@@ -26,16 +26,16 @@ class TextSamples(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows: int, make: Callable[[int], tuple[list[Sequence], Targets]], unlabelled: Targets, seed: int | None):
-        self.samples_per_epoch, self._make, self._unlabelled, self._seed = rows, make, unlabelled, seed
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self.samples_per_epoch, self._make, self._unlabelled = rows, make, unlabelled
+        self._order = None if seed is None else EpochOrder(rows, seed)
 
     def __len__(self) -> int:
-        return self.samples_per_epoch if self._seed is None else 2**40
+        return self.samples_per_epoch if self._order is None else 2**40
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        epoch, place = divmod(int(index), self.samples_per_epoch)
-        sequences, targets = self._make(int(self._order(epoch)[place]) if self._seed is not None else place)
-        if epoch and self._seed is None:
+        index, rows = int(index), self.samples_per_epoch
+        sequences, targets = self._make(index % rows if self._order is None else self._order[index])
+        if self._order is None and index >= rows:
             targets = self._unlabelled
         longest = max(len(sequence.tokens) for sequence in sequences)
         padded = np.zeros((2, len(sequences), longest), dtype=np.int64)
@@ -44,9 +44,6 @@ class TextSamples(torch.utils.data.Dataset):
         lengths = torch.tensor([len(sequence.tokens) for sequence in sequences])
         return {"tokens": torch.from_numpy(padded[0]), "types": torch.from_numpy(padded[1]), "lengths": lengths,
                 **{name: torch.as_tensor(target) for name, target in targets.items()}}
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.RandomState([self._seed % 2**32, epoch]).permutation(self.samples_per_epoch)
 
 
 def padded(samples: list[dict[str, torch.Tensor]], length: int, pad: int, num_types: int) -> dict[str, torch.Tensor]:

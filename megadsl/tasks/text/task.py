@@ -14,13 +14,13 @@ import numpy as np
 
 from megadsl.config.model import ModelConfig
 from megadsl.data.atomic_files import read_json
-from megadsl.data.dataset import TOKENIZER
-from megadsl.data.tokenizer import Tokenizer
+from megadsl.data.epoch_order import evenly_spread
 from megadsl.errors import UserError
-from megadsl.tasks.task import Batch, EvaluationRequest, Extent, Splits, Task
+from megadsl.tasks.task import Batch, EvaluationRequest, Extent, Splits
 from megadsl.tasks.text.prepared import MANIFEST, PreparedText, SplitArrays
 from megadsl.tasks.text.sequences import Markers, require_room
 from megadsl.tasks.text.sequences import Sequence as TextSequence
+from megadsl.tasks.tokenized import TokenizedTask
 from megadsl.theory.inputs import TokenStatistics, zipf
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ MEASURED_ROWS = 512
 DEFAULT_VOCAB_SIZE = 32000
 
 
-class TextTask(Task):
+class TextTask(TokenizedTask):
     """A task over a folder of `megadsl data text`.
 
     Attributes:
@@ -79,14 +79,6 @@ class TextTask(Task):
     @property
     def model(self) -> ModelConfig:
         return self.config.model.model_copy(update={"untie_embeddings_and_output_weights": True})
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.config.tokenizer.model)
-
-    @property
-    def padded_output_size(self) -> int:
-        return self.config.tokenizer.padded_vocab_size(self.tokenizer.vocab_size)
 
     @property
     def folder(self) -> Path | None:
@@ -132,9 +124,6 @@ class TextTask(Task):
     def data_fingerprints(self) -> dict[str, str]:
         return {"data.datasets.0": self.prepared.fingerprint}
 
-    def files(self) -> dict[str, bytes]:
-        return {TOKENIZER: self.tokenizer.content}
-
     def input_statistics(self) -> TokenStatistics:
         return self._statistics
 
@@ -160,9 +149,8 @@ class TextTask(Task):
 
     def _measured_sequences(self) -> Iterator[TextSequence]:
         arrays = self.prepared.split("train")
-        rows = self.count_samples(arrays)
-        for number in range(min(rows, MEASURED_ROWS)):
-            yield from self.sequences(arrays, (2 * number + 1) * rows // (2 * min(rows, MEASURED_ROWS)))[0]
+        for row in evenly_spread(self.count_samples(arrays), MEASURED_ROWS):
+            yield from self.sequences(arrays, row)[0]
 
     def describe_inputs(self) -> str:
         found = self.input_statistics()
@@ -212,10 +200,8 @@ class TextTask(Task):
         # BERT's pooler, or a few outputs a token: nothing beside the trunk.
         return float(self.model.hidden_size ** 2)
 
-    def evaluation_samples(self, request: EvaluationRequest, count: int) -> list[Batch]:
-        dataset = self.samples_of(self.prepared_at(request.data), request.split)
-        count = min(count, len(dataset))
-        return [dataset[(2 * index + 1) * len(dataset) // (2 * count)] for index in range(count)]
+    def evaluation_dataset(self, request: EvaluationRequest) -> "TextSamples":
+        return self.samples_of(self.prepared_at(request.data), request.split)
 
     def samples_of(self, prepared: PreparedText, split: str, seed: int | None = None) -> "TextSamples":
         """The samples of a split; in a random order without an end where there is a seed."""

@@ -13,7 +13,7 @@ from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 from megadsl.tasks.target_text.rows import SPLITS, BadRows, Row, read_rows, split_of
 from megadsl.tasks.target_text.stored import (
-    StoredTexts, TextExamples, begin_dataset, earlier_dataset, finish_dataset, write_arrays, write_targets,
+    StoredTexts, TextExamples, TokenLists, begin_dataset, earlier_dataset, finish_dataset, write_targets,
 )
 
 NAME, MAKER = "parallel", "megadsl data parallel"
@@ -87,12 +87,7 @@ def _write_sources(output: Path, examples: TextExamples, sources: list[str], tok
         ids.append(encoded)
     if len(kept) < len(examples):
         write_targets(output, kept, output / "tokenizer.model", settings.vocab_size, settings.model_type)
-    arrays = {}
-    for split in SPLITS:
-        own = [ids[index] for index in kept.of(split)]
-        arrays[f"{split}_ids"] = np.array([token for one in own for token in one], np.int32)
-        arrays[f"{split}_ends"] = np.cumsum([len(one) for one in own], dtype=np.int64)
-    write_arrays(output / SOURCES, arrays)
+    TokenLists.write(output / SOURCES, {split: [ids[index] for index in kept.of(split)] for split in SPLITS})
     return kept
 
 
@@ -101,14 +96,12 @@ class StoredParallel(StoredTexts):
 
     def __init__(self, folder: Path):
         super().__init__(folder, NAME, MAKER)
-        with np.load(folder / SOURCES) as file:
-            self._sources = dict(file)
+        self._sources = TokenLists(folder / SOURCES)
 
     def source_lengths(self, split: str) -> np.ndarray:
         """Tokens of every source of a split, without its end."""
-        return np.diff(self._sources[f"{split}_ends"], prepend=0)
+        return self._sources.lengths(split)
 
     def source(self, split: str, index: int) -> np.ndarray:
         """Token ids, without eos: [s]."""
-        ends = self._sources[f"{split}_ends"]
-        return self._sources[f"{split}_ids"][ends[index - 1] if index else 0:ends[index]]
+        return self._sources.of(split, index)

@@ -59,7 +59,7 @@ class Translation(TargetTextTask):
         return target_statistics(sources, self.tokenizer.vocab_size, self.tokenizer.eos)
 
     def input_statistics(self) -> TokenStatistics:
-        return replace(self._source_statistics, target=self.target_statistics(), label_smoothing=self.options.label_smoothing)
+        return replace(self._source_statistics, target=self.target_statistics, label_smoothing=self.options.label_smoothing)
 
     def layers(self, builder: "ModelBuilder") -> "TaskLayers":
         from megadsl.model.builder import TaskLayers
