@@ -10,7 +10,7 @@ from megadsl.data.tokenizer import Tokenizer
 from megadsl.errors import UserError
 from megadsl.tasks.speech.augment import SpecAugment
 from megadsl.tasks.speech.features import filter_banks, normalised, waveform
-from megadsl.tasks.speech.fillets import dialogs
+from megadsl.tasks.speech.fillets import dialogs, fetch_fillets, missing_packages
 from megadsl.tasks.speech.prepare import SpeechSettings, StoredSpeech, prepare_speech
 from megadsl.tasks.target_text.order import BucketedOrder
 
@@ -112,3 +112,22 @@ def test_masks_are_decided_by_their_random_stream():
 def test_texts_of_the_game():
     found = dialogs('dialogId("a", "font", "He said \\"no\\".")\ndialogStr("Řekl \\"ne\\".")\n\ndialogId("b", "font", "Only English")\n')
     assert found == [("a", 'He said "no".', 'Řekl "ne".'), ("b", "Only English", "")]
+
+
+def test_a_package_is_missing_until_its_own_files_are_there(tmp_path):
+    """The first package has a folder of sounds too, without one Czech word; and no utterance at all is a sentence, not an empty manifest."""
+    root = tmp_path / "usr/share/games/fillets-ng"
+
+    def put(name: str) -> None:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+
+    assert missing_packages(root) == ["fillets-ng-data", "fillets-ng-data-cs"]
+    put("script/city/dialogs_cs.lua")
+    put("sound/city/en/vit-x-end.ogg")
+    assert missing_packages(root) == ["fillets-ng-data-cs"]
+    put("sound/city/cs/vit-x-end.ogg")
+    assert missing_packages(root) == []
+    with pytest.raises(UserError, match="holds no Czech sound with an English text"):
+        fetch_fillets(tmp_path)
+    assert not (tmp_path / "manifest.tsv").exists()

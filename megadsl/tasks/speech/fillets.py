@@ -9,9 +9,11 @@ from pathlib import Path
 
 from megadsl.data.atomic_files import written_atomically
 from megadsl.data.debian import unpack_package
+from megadsl.errors import UserError
 from megadsl.tasks.speech.features import FRAMES_PER_SECOND, require_packages
 
-PACKAGES = ("fillets-ng-data", "fillets-ng-data-cs")
+# By package, what is there once it is unpacked. Both have a folder "sound": the first one's holds noises and English.
+PACKAGES = {"fillets-ng-data": "script/*/dialogs_cs.lua", "fillets-ng-data-cs": "sound/*/cs/*.ogg"}
 _TEXT = r'"((?:[^"\\]|\\.)*)"'
 _DIALOG = re.compile(rf'dialogId\(\s*"([^"]+)"\s*,\s*"[^"]*"\s*,\s*{_TEXT}\s*\)\s*(?:dialogStr\(\s*{_TEXT}\s*\))?')
 
@@ -20,15 +22,22 @@ def fetch_fillets(output: Path) -> tuple[Path, int]:
     """Download and unpack the packages into `output` (nothing is installed); (manifest.tsv, number of utterances)."""
     require_packages()
     root = output / "usr" / "share" / "games" / "fillets-ng"
-    for package, part in zip(PACKAGES, ("script", "sound"), strict=True):
-        if not (root / part).is_dir():
-            unpack_package(package, output)
+    for package in missing_packages(root):
+        unpack_package(package, output)
     rows = _rows(root, output)
+    if not rows:
+        raise UserError(f"{root} holds no Czech sound with an English text; the packages {' and '.join(PACKAGES)} have changed, or {output} is damaged: "
+                        "empty it and fetch again.")
     manifest = output / "manifest.tsv"
     with written_atomically(manifest) as temporary:
         lines = ["\t".join(("id", "audio", "n_frames", "tgt_text", "src_text")), *("\t".join(row) for row in rows)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return manifest, len(rows)
+
+
+def missing_packages(root: Path) -> list[str]:
+    """Which of the packages are not unpacked yet."""
+    return [package for package, inside in PACKAGES.items() if not any(root.glob(inside))]
 
 
 def _rows(root: Path, output: Path) -> list[tuple[str, ...]]:
