@@ -51,7 +51,7 @@ class Checkpointer:
         self._rank = dist.get_rank()
         self._group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
         self._thread: threading.Thread | None = None
-        self._result: SaveResult | None = None
+        self._result: SaveResult | BaseException | None = None
         self._lock: RunLock | None = None
         self._take_lock()
 
@@ -88,20 +88,25 @@ class Checkpointer:
             snapshot = list(tensors)
 
         def write() -> None:
-            self._result = self._write(self.watch.following(snapshot, Phase.SAVING), info, plan, files)
+            try:
+                self._result = self._write(self.watch.following(snapshot, Phase.SAVING), info, plan, files)
+            except BaseException as error:  # raised by `wait`, where a lost rank is a sentence
+                self._result = error
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=False)
         self._thread.start()
         return None
 
     def wait(self) -> SaveResult | None:
-        """The result of the save in flight, once it is there; None without one."""
+        """The result of the save in flight, once it is there; None without one. An error in its thread is raised here."""
         if self._thread is None:
             return None
         with self.watch.during(Phase.SAVING):
             self._thread.join()
         self._thread, result, self._result = None, self._result, None
-        return result or SaveResult(-1, None, "the thread that wrote the checkpoint died")
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def finished(self) -> bool:
         """Whether `wait` would return a result at once on this rank."""

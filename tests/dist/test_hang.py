@@ -96,6 +96,20 @@ def test_a_killed_rank_is_a_sentence_and_a_traceback_in_a_file(server, small_dat
     assert "Traceback (most recent call last)" in file.read_text() and "loop.py" in file.read_text()
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_killed_while_it_saves_is_a_sentence(server, small_data, tmp_path, asynchronous):
+    config = configured(small_data, tmp_path, training={"hang_minutes": 5}, checkpoint={"async_save": asynchronous})
+    processes = server.start(2, run, config, "1")
+    end = time.monotonic() + 60
+    while not list((tmp_path / "checkpoints").glob("*/*rank-00001*")):
+        assert time.monotonic() < end, said(tmp_path, 1)
+        time.sleep(0.05)
+    os.kill(processes[1], signal.SIGKILL)
+    assert server.results() == [None, None]
+    assert "rank 0 has lost another rank" in said(tmp_path, 0)
+    assert "in _write" in (tmp_path / "stacks" / "lost-rank-0.txt").read_text()
+
+
 def ranks_that_wait(folder: Path) -> None:
     """Rank 0 goes on for 3 hangs, then for none; rank 1 waits for it all the time."""
     to_file(folder)
