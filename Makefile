@@ -75,8 +75,8 @@ demo-speech: install
 
 # Tests of one process run side by side; those that start processes of their own, or watch a clock, have the machine to themselves.
 test: install
-	$(BIN)/python -m pytest tests/unit tests/repo --numprocesses $$(nproc) --dist loadfile
-	$(BIN)/python -m pytest tests/signal tests/dist tests/cluster tests/browser
+	$(BIN)/python -m pytest tests/unit tests/repo tests/signal --numprocesses $$(nproc) --dist loadfile
+	$(BIN)/python -m pytest tests/dist tests/cluster tests/browser
 
 install: $(VENV)/.installed
 
