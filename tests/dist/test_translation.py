@@ -1,0 +1,81 @@
+"""Translation of text is trained, resumed and evaluated the same in every layout, and learns to translate words that it was shown."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layout_runs import LAYOUTS, REFERENCE, curve, evaluated, parallel_section, require_same_curve_and_exact_resumption, train
+from ranks import ForkServer
+
+from megadsl.config import Config
+
+_WORDS = {"jedna": "one", "dva": "two", "tři": "three", "čtyři": "four", "pět": "five", "šest": "six", "sedm": "seven", "osm": "eight"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ForkServer() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory) -> Path:
+    """A dataset folder of number words in Czech and in English."""
+    from megadsl.tasks.translation.prepare import ParallelSettings, prepare_parallel
+
+    folder, rng = tmp_path_factory.mktemp("parallel"), np.random.RandomState(5)
+    lines = ["id\tsrc_text\ttgt_text\tsplit"]
+    for split, count in (("train", 512), ("validation", 12), ("test", 12)):
+        for index in range(count):
+            said = rng.choice(list(_WORDS), rng.randint(2, 6)).tolist()
+            lines.append(f"{split}-{index}\t{' '.join(said)}\t{' '.join(_WORDS[word] for word in said)}\t{split}")
+    (folder / "rows.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prepare_parallel(folder / "rows.tsv", folder / "data", ParallelSettings(vocab_size=300, model_type="bpe"))
+    return folder / "data"
+
+
+def configured(small_data, data: Path, run_dir: Path, layout=REFERENCE, **sections: dict) -> Config:
+    model = {"family": "encoder_decoder", "num_layers": 2, "num_decoder_layers": 2, "seq_length": 48, "decoder_seq_length": 48}
+    return small_data.config(
+        run_dir, model=model, data={"datasets": [str(data)]}, tokenizer={"model": str(data / "tokenizer.model")},
+        task={"name": "translation", "label_smoothing": 0.1, "bucket_batches": 2}, parallel=parallel_section(layout),
+        training={"train_iters": 12, **sections.pop("training", {})}, **sections)
+
+
+@pytest.fixture(scope="module")
+def reference(server, small_data, sentences, tmp_path_factory) -> Config:
+    config = configured(small_data, sentences, tmp_path_factory.mktemp("translation runs") / "reference")
+    said = server.run(1, train, config)[0]
+    assert "translation: 2 + 2 layers x 32" in said and "| token accuracy " in said and "padding" in said
+    return config
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_trains_the_same_and_resumes_exactly_in_every_layout(server, small_data, sentences, reference, tmp_path, layout):
+    config = configured(small_data, sentences, tmp_path / "run", layout, checkpoint={"save_interval": 6})
+    expected = curve(reference)
+    assert expected[-1][0] < 0.8 * expected[0][0]
+    require_same_curve_and_exact_resumption(server, config, layout, expected)
+
+
+def test_evaluates_the_same_on_any_number_of_processes(server, reference, tmp_path):
+    run_dir = reference.training.run_dir
+    request = {"batch_tokens": 200, "num_beams": 3}
+    one = server.run(1, evaluated, run_dir, 1, {**request, "hypotheses": tmp_path / "one.jsonl"})[0]
+    written = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    assert one["samples"] == len(written) == 12 and "version:" in one["bleu_signature"]
+    for world, tensor in ((2, 1), (2, 2)):
+        for results in server.run(world, evaluated, run_dir, tensor, {**request, "hypotheses": tmp_path / "two.jsonl"}):
+            numbers = {name: value for name, value in one.items() if not isinstance(value, str)}
+            assert {name: results[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+        again = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+        assert [row["hypothesis"] for row in again] == [row["hypothesis"] for row in written]
+
+
+def test_learns_to_translate(server, small_data, sentences, tmp_path):
+    config = configured(small_data, sentences, tmp_path / "run", training={"train_iters": 700, "micro_batch_size": 32, "global_batch_size": 32},
+                        optimizer={"lr": 5e-3, "lr_warmup_iters": 20})
+    server.run(1, train, config)
+    results = server.run(1, evaluated, config.training.run_dir, 1, {"split": "test"})[0]
+    assert results["bleu"] > 50
