@@ -61,6 +61,26 @@ def test_evaluates_the_same_on_any_number_of_processes(server, references, task)
     require_same_on_two_processes(server, run_dir, request, one)
 
 
+def exported(run_dir: str, folder: Path) -> tuple[str, float]:
+    from megadsl.checkpoint.store import open_checkpoint
+    from megadsl.tasks.export import export_of_task
+
+    return export_of_task(open_checkpoint(run_dir), folder)
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("task", KINDS)
+def test_transformers_gives_the_same_logits(server, small_data, folders, references, tmp_path, task, norm_position):
+    config = references[task]
+    if norm_position == "post":
+        config = configured(small_data, folders[task], task, tmp_path / "run", model={"norm_position": "post", "embedding_layernorm": True})
+        server.run(1, train, config)
+    name, error = server.run(1, exported, config.training.run_dir, tmp_path / "hf")[0]
+    kind = {"text_classification": "SequenceClassification", "multiple_choice": "MultipleChoice", "question_answering": "QuestionAnswering"}[task]
+    assert name == ("Bert" if norm_position == "post" else "MegatronBert") + "For" + kind and error < 1e-4
+    assert {"config.json", "model.safetensors", "tokenizer.model"} <= {path.name for path in (tmp_path / "hf").iterdir()}
+
+
 @pytest.mark.parametrize("layout", [REFERENCE, (2, 1, 1, 1), (1, 1, 2, 3)], ids=str)
 def test_frozen_layers_stay_and_the_others_learn_by_their_depth(server, small_data, folders, references, tmp_path, layout):
     """From a trained run: embedding and two layers as they were, bit for bit; a step of the others in the ratio of their rates."""

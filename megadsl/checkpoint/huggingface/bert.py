@@ -1,6 +1,6 @@
 """BertForMaskedLM (Post-LN, arXiv 1810.04805) and MegatronBertForMaskedLM (Pre-LN, arXiv 1909.08053).
 
-Of a model with a sentence-order head the head is left out: the two classes have none.
+Of a model with a sentence-order head the head is left out: the two classes have none. Finetuned heads are bert_heads.py's.
 """
 
 from megadsl.checkpoint.huggingface.architecture import ACTIVATIONS, Architecture, only, our_activation
@@ -32,7 +32,8 @@ def _section(values: dict) -> dict:
     }
 
 
-def _tensors(tensors: TensorMap, values: dict) -> None:
+def trunk_tensors(tensors: TensorMap) -> None:
+    """Embedding and layers, whatever the head."""
     model, h, post = tensors.model, tensors.model.hidden_size, tensors.model.norm_position == "post"
     embeddings = "bert.embeddings"
     tensors.vocabulary("embedding.word.table.weight", f"{embeddings}.word_embeddings.weight")
@@ -57,7 +58,11 @@ def _tensors(tensors: TensorMap, values: dict) -> None:
                        (f"{ours}.pre_mlp_layernorm", f"{theirs}.ln")))
     if not post:
         tensors.norm("final_norm", "bert.encoder.ln")
-    head = "cls.predictions"
+
+
+def _tensors(tensors: TensorMap, values: dict) -> None:
+    trunk_tensors(tensors)
+    model, head = tensors.model, "cls.predictions"
     tensors.tensor("lm_head.dense.weight", f"{head}.transform.dense.weight")
     tensors.tensor("lm_head.dense.bias", f"{head}.transform.dense.bias")
     tensors.norm("lm_head.norm", f"{head}.transform.LayerNorm")

@@ -24,14 +24,19 @@ from megadsl.tasks.tokenized import TokenizedTask
 from megadsl.theory.inputs import TokenStatistics, zipf
 
 if TYPE_CHECKING:
+    from megadsl.checkpoint.huggingface.bert_heads import Head
+    from megadsl.inference.load import TrainedModel
     from megadsl.model.builder import ModelBuilder, TaskLayers
     from megadsl.model.stack import LayerEntry
+    from megadsl.schemes.plan import SignalPlan
     from megadsl.tasks.text.samples import TextSamples
 
 # A micro-batch is padded to a multiple of this.
 PADDED_TO = 8
 # Rows that the statistics are measured on, spread over the training split.
 MEASURED_ROWS = 512
+# Real inputs that an exported model is compared on.
+EXPORT_SAMPLES = 4
 DEFAULT_VOCAB_SIZE = 32000
 
 
@@ -44,6 +49,7 @@ class TextTask(TokenizedTask):
     """
 
     families = ("encoder", "decoder")
+    exports_itself = True
     kind: ClassVar[str]
 
     # What they differ in.
@@ -209,6 +215,32 @@ class TextTask(TokenizedTask):
 
         arrays = prepared.split(split)
         return TextSamples(self.count_samples(arrays), lambda row: self.sequences(arrays, row), self.unlabelled, seed)
+
+    @property
+    @abstractmethod
+    def exported_head(self) -> "Head":
+        """What stands behind the trunk in transformers."""
+
+    def export_huggingface(self, model: "TrainedModel", plan: "SignalPlan", folder: Path) -> tuple[str, float]:
+        import torch
+
+        from megadsl.checkpoint.huggingface.bert_heads import Vocabulary, export_finetuned
+
+        if self.model.family != "encoder" or self.pooled not in ("first", "all"):
+            raise UserError(f"A {self.model.family} whose head reads the {self.pooled} token has no place in BERT's classes, which the finetuned "
+                            "tasks are exported to: they are encoders that read the first token (task.pooling=first).")
+        split = self.prepared.split("validation")
+        samples = self.samples_of(self.prepared, "validation")
+        batch = self.collate([samples[index] for index in range(min(EXPORT_SAMPLES, self.count_samples(split)))])
+        weights = {name: parameter.detach() for name, parameter in model.network.canonical_parameters()}
+        with torch.inference_mode():
+            logits = model(batch)["logits"]
+        vocabulary = Vocabulary(self.tokenizer, Path(self.config.tokenizer.model), self.padded_output_size)
+        inputs = {name: batch[name] for name in self.inputs}
+        if self.sequences_per_sample > 1:
+            logits = logits.view(-1, self.sequences_per_sample)
+            inputs = {name: tensor.view(len(logits), self.sequences_per_sample, -1) for name, tensor in inputs.items()}
+        return export_finetuned(weights, plan, self.model, self.exported_head, vocabulary, inputs, logits, folder)
 
     def describe_samples(self, split: str, count: int) -> Iterator[str]:
         dataset = getattr(self.splits(count), split)
