@@ -146,7 +146,17 @@ class Run:
                 self.writer.close()
         if self.stop.code:
             self.stop.leave(self.is_main)
+        self._require_saved()
         return self.store.path(self.saved_iteration)
+
+    def _require_saved(self) -> None:
+        """UserError where the state that the run ends with is not on disk: whoever waits for its exit code must not take it for saved."""
+        if self.left and self.saved_iteration != self.position.iteration:
+            raise UserError(f"The run ends at iteration {self.position.iteration}, whose state was not saved; the last good checkpoint is "
+                            f"{self._last_good()}. Make room, or choose another training.run_dir, and run the same command again.")
+
+    def _last_good(self) -> str:
+        return str(self.store.path(self.saved_iteration)) if self.saved_iteration >= 0 else "none: nothing was saved yet"
 
     def _run(self) -> None:
         self._read_on()
@@ -252,11 +262,10 @@ class Run:
             + " (monitor.alarms, action skip)" * result.refused
         )
         if position.skipped_in_a_row >= self.config.training.max_skipped_iterations:
-            good = self.store.path(self.saved_iteration) if self.saved_iteration >= 0 else "none: nothing was saved yet"
             reason = "refused by an alarm (monitor.alarms, action skip) or not finite" if result.refused else "not finite"
             raise UserError(
                 f"{position.skipped_in_a_row} iterations in a row were {reason}, the last one {position.iteration} "
-                f"(training.max_skipped_iterations); the last good checkpoint is {good}."
+                f"(training.max_skipped_iterations); the last good checkpoint is {self._last_good()}."
             )
 
     def _validate(self, final: bool = False) -> None:
@@ -307,8 +316,7 @@ class Run:
             self.saved_iteration = result.iteration
             self.progress.log(f"iteration {result.iteration} | saved {result.path}")
             return
-        good = self.store.path(self.saved_iteration) if self.saved_iteration >= 0 else "none"
-        sentence = f"checkpoint of iteration {result.iteration} was not saved ({result.error}); the last good one is {good}"
+        sentence = f"checkpoint of iteration {result.iteration} was not saved ({result.error}); the last good one is {self._last_good()}"
         if self.config.checkpoint.on_save_error == "stop":
             raise UserError(f"The {sentence} (checkpoint.on_save_error=stop).")
         self.progress.log(f"error: the {sentence}; training goes on")

@@ -123,6 +123,8 @@ def test_full_disk(server, small_data, tmp_path, asynchronous):
         assert len(errors) == 3 and "iteration 10 was not saved (rank " in errors[0], log
         assert ("No space left on device" if mounted else "File too large") in errors[0] and "iteration-0000005; training goes on" in errors[0]
         assert len(curve(folder)) == 20
+        end = log.splitlines()[-1]
+        assert end.startswith("megadsl: The run ends at iteration 20, whose state was not saved") and "iteration-0000005. Make room" in end
         assert [path.name for path in disk.glob("*") if path.is_dir()] == ["iteration-0000005"]
         assert [path.name for path in disk.glob(".*")] == []
         newest, problems = CheckpointStore(disk).newest_usable({})
