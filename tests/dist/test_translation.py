@@ -3,15 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from layout_runs import LAYOUTS, REFERENCE, curve, evaluated, parallel_section, require_same_curve_and_exact_resumption, train
+from parallel_data import write_parallel
 from ranks import ForkServer
 
 from megadsl.config import Config
-
-_WORDS = {"jedna": "one", "dva": "two", "tři": "three", "čtyři": "four", "pět": "five", "šest": "six", "sedm": "seven", "osm": "eight"}
-
 
 @pytest.fixture(scope="module")
 def server():
@@ -21,18 +18,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory) -> Path:
-    """A dataset folder of number words in Czech and in English."""
-    from megadsl.tasks.translation.prepare import ParallelSettings, prepare_parallel
-
-    folder, rng = tmp_path_factory.mktemp("parallel"), np.random.RandomState(5)
-    lines = ["id\tsrc_text\ttgt_text\tsplit"]
-    for split, count in (("train", 512), ("validation", 12), ("test", 12)):
-        for index in range(count):
-            said = rng.choice(list(_WORDS), rng.randint(2, 6)).tolist()
-            lines.append(f"{split}-{index}\t{' '.join(said)}\t{' '.join(_WORDS[word] for word in said)}\t{split}")
-    (folder / "rows.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    prepare_parallel(folder / "rows.tsv", folder / "data", ParallelSettings(vocab_size=300, model_type="bpe"))
-    return folder / "data"
+    return write_parallel(tmp_path_factory.mktemp("parallel"))
 
 
 def configured(small_data, data: Path, run_dir: Path, layout=REFERENCE, **sections: dict) -> Config:
