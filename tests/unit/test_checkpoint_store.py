@@ -135,6 +135,21 @@ def test_average_is_the_mean_and_has_no_optimizer(tmp_path):
         average(paths, output)
 
 
+def test_average_of_a_runs_last_checkpoints(tmp_path):
+    from megadsl.cli.checkpoint import app
+
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    for iteration, value in ((10, 1.0), (20, 2.0), (30, 6.0)):
+        commit(store, iteration, value, keep_last=5)
+    run, output = str(tmp_path / "run"), tmp_path / "mean" / "iteration-0000030"
+    done = CliRunner().invoke(app, ["average", run, "--last", "2", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert {name: float(tensor[0, 0]) for name, tensor in read_weights(output)} == {name: 4.0 + i for i, name in enumerate(NAMES)}
+    for arguments, words in (([run, "--last", "4"], "has 3 checkpoints, not 4"), ([run, run, "--last", "2"], "2 paths are given")):
+        done = CliRunner().invoke(app, ["average", *arguments, "--output", str(tmp_path / "other")])
+        assert isinstance(done.exception, UserError) and words in str(done.exception), done.output
+
+
 def test_diff_orders_by_relative_difference(tmp_path):
     store = CheckpointStore(tmp_path)
     a, b = (open_checkpoint(commit(store, iteration, value)) for iteration, value in ((10, 1.0), (20, 2.0)))
