@@ -17,6 +17,13 @@ from megadsl.errors import UserError
 from megadsl.monitor.run_folder import progress_line
 from megadsl.monitor.sweep import combinations, results
 
+# What becomes a line of the script, in SLURM's own grammar.
+_NAMES = (r"[\w.@-]+(,[\w.@-]+)*", "names of letters, digits, _ . @ and -, separated by commas")
+_GRAMMAR = {
+    "time": (r"(\d+-)?\d+(:\d{1,2}){0,2}|infinite|unlimited", "minutes or [DAYS-]HOURS:MINUTES:SECONDS, for example 1-12:00:00"),
+    "partition": _NAMES, "account": _NAMES,
+}
+
 app = typer.Typer(help="Submit training to SLURM, watch it, collect a sweep.", no_args_is_help=True)
 
 
@@ -34,20 +41,24 @@ def submit(
     """Render the batch script with these numbers into the run folder, show it, submit it."""
     if init_from and sweep:
         raise UserError("--init-from and --sweep do not go together; give checkpoint.init_from=CHECKPOINT as an override of the sweep.")
+    for argument in [*arguments, init_from or ""]:
+        if not argument.isprintable():
+            raise UserError(f"The argument {argument!r} has a control character, which no key or value of a run needs; leave it away.")
     config = config_from_arguments(arguments)
     run_dir = Path(config.training.run_dir)
+    _require_usable(str(run_dir), {"time": time, "partition": partition, "account": account})
     runs = combinations(sweep)
     options = {
         "nodes": nodes, "ntasks-per-node": tasks_per_node or max(1, gpus_per_node), "gpus-per-node": gpus_per_node or None,
         "cpus-per-task": cpus_per_task, "time": time, "partition": partition, "account": account,
-        "job-name": run_dir.name, "output": f"{run_dir}/slurm-{'%A_%a' if sweep else '%j'}.log", "array": f"1-{len(runs)}" if sweep else None,
+        "job-name": run_dir.name, "output": f"{str(run_dir).replace('%', '%%')}/slurm-{'%A_%a' if sweep else '%j'}.log", "array": f"1-{len(runs)}" if sweep else None,
     }
     name = "sweep" if sweep else "finetune" if init_from else "train"
     script = render(shared_folder("slurm") / f"{name}.sbatch", options)
     words = [str(run_dir)] * bool(sweep) + [init_from] * bool(init_from) + arguments
     typer.echo(script)
     path = run_dir / f"{name}.sbatch"
-    typer.echo(f"# sbatch {path} {shlex.join(words)}")
+    typer.echo(f"# sbatch {shlex.quote(str(path))} {shlex.join(words)}")
     if dry_run:
         return
     with writing(path):
@@ -55,9 +66,20 @@ def submit(
         if sweep:
             (run_dir / "sweep.txt").write_text("\n".join(runs) + "\n", encoding="utf-8")
     job = _slurm("sbatch", "--parsable", str(path), *words).strip().partition(";")[0]
-    log = options["output"].replace("%j", job).replace("%A_%a", f"{job}_1")
+    log = shlex.quote(f"{run_dir}/slurm-{job}{'_1' * bool(sweep)}.log")
     typer.echo(f"submitted job {job}; watch it with:\n  squeue --job {job}\n  tail -F {log}")
-    typer.echo(f"  megadsl slurm {'collect' if sweep else 'status'} {run_dir}")
+    typer.echo(f"  megadsl slurm {'collect' if sweep else 'status'} {shlex.quote(str(run_dir))}")
+
+
+def _require_usable(run_dir: str, given: dict[str, str | None]) -> None:
+    """UserError naming what cannot stand in a batch script: bash runs every line of it that a value could begin."""
+    if not run_dir.isprintable() or set(run_dir) & set("\"'\\"):
+        raise UserError(f"training.run_dir {run_dir!r} has a control character, a quotation mark or a backslash, which a batch script cannot "
+                        "name; choose another folder.")
+    for name, value in given.items():
+        pattern, says = _GRAMMAR[name]
+        if value is not None and not re.fullmatch(pattern, value, re.IGNORECASE):
+            raise UserError(f"--{name} {value!r} is not what SLURM takes there: {says}.")
 
 
 def render(template: Path, options: dict) -> str:
@@ -69,7 +91,7 @@ def render(template: Path, options: dict) -> str:
     given = {name: value for name, value in options.items() if value is not None}
     own = [line for line in lines if not (line.startswith("#SBATCH --") and line[10:].partition("=")[0] in given)]
     first = next(index for index, line in enumerate(own) if line.startswith("#SBATCH"))
-    own[first:first] = [f"#SBATCH --{name}={value}" for name, value in given.items()]
+    own[first:first] = [f"#SBATCH --{name}={_word(str(value))}" for name, value in given.items()]
     # The script lies in the run folder; what it sources does not. The job runs in the environment that submits it.
     settings = [f"MEGADSL_SLURM={shlex.quote(str(template.parent))}"]
     if Path(sys.prefix, "bin", "activate").is_file():
@@ -77,6 +99,11 @@ def render(template: Path, options: dict) -> str:
     start = own.index("set -euo pipefail") + 1
     own[start:start] = settings
     return "\n".join(own) + "\n"
+
+
+def _word(value: str) -> str:
+    """A value as sbatch reads it: in quotation marks where a blank would end it, or # begin a comment."""
+    return value if re.fullmatch(r"[\w./:,@%=+-]+", value) else f'"{value}"'
 
 
 @app.command()

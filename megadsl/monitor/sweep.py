@@ -19,8 +19,8 @@ def combinations(axes: list[str]) -> list[str]:
     overrides = []
     for axis in axes:
         key, equals, values = axis.partition("=")
-        if not equals or not all(values.split(",")) or " " in axis:
-            raise UserError(f"--sweep {axis} is not KEY=A,B,C, for example --sweep optimizer.lr=1e-3,3e-3.")
+        if not equals or not all(values.split(",")) or not axis.isprintable() or " " in axis:
+            raise UserError(f"--sweep {axis!r} is not KEY=A,B,C, for example --sweep optimizer.lr=1e-3,3e-3.")
         overrides.append([f"{key}={value}" for value in values.split(",")])
     return [" ".join(combination) for combination in itertools.product(*overrides)]
 

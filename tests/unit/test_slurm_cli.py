@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -72,3 +73,48 @@ def test_dry_run_writes_nothing(tmp_path, small_data):
     shown = CliRunner().invoke(app, ["submit", str(tmp_path / "config.yaml"), "--nodes", "2", "--gpus-per-node", "4", "--dry-run"]).stdout
     assert "#SBATCH --nodes=2" in shown and "#SBATCH --ntasks-per-node=4" in shown and "--gpus-per-node=4" in shown
     assert not (tmp_path / "run").exists()
+
+
+COMMANDS = [before + "touch ran" + after for before in ("\n", "\r\n", "\n#\n", "; ", "$(", "`", "' ; ", '" ; ', "\\\n", "\x0b", "x\n", "&& ", "| ",
+                                                        "\u2028", "\x85", " #", "\n\n", "%j\n", "{", "\t") for after in ("", "\n")]
+
+
+def fields(arguments: list[str]) -> tuple[int, str, str | None]:
+    """(exit code, script, sentence) of a dry run."""
+    done = CliRunner().invoke(app, ["submit", *arguments, "--dry-run"])
+    return done.exit_code, done.stdout, str(done.exception) if isinstance(done.exception, UserError) else None
+
+
+@pytest.mark.parametrize("option", ["training.run_dir", "--time", "--partition", "--account", "--sweep"])
+def test_no_value_becomes_a_command(option, tmp_path, small_data):
+    """200 values in all; what is accepted is run by bash with a srun that does nothing."""
+    save_config(small_data.config(tmp_path / "run"), tmp_path / "config.yaml")
+    (tmp_path / "bin").mkdir()
+    for name in ("srun", "scontrol"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "n",
+                   "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": "1"}
+    refused, config = 0, str(tmp_path / "config.yaml")
+    assert "control character" in fields([config, "training.seed=1\ntouch ran"])[2]
+    for command in COMMANDS:
+        value = {"training.run_dir": f"{tmp_path}/run{command}", "--sweep": f"optimizer.lr=1,2{command}"}.get(option, f"1{command}")
+        arguments = [config, option, value]
+        if option == "training.run_dir":
+            save_config(small_data.config(Path(value)), tmp_path / "config.yaml")
+            arguments = arguments[:1]
+        code, script, sentence = fields(arguments)
+        assert code == 0 or sentence and "\n" not in sentence, (value, code, sentence)
+        refused += code != 0
+        if code == 0:
+            subprocess.run(["bash", "-c", script, "script", *arguments], env=environment, cwd=tmp_path, capture_output=True, timeout=20)
+        assert not (tmp_path / "ran").exists(), value
+        assert all(line.startswith("#") for line in script.splitlines() if "touch ran" in line), script
+    assert refused == len(COMMANDS) or option in ("training.run_dir", "--sweep")
+
+
+def test_a_run_folder_may_have_blanks_and_percents(tmp_path, small_data):
+    save_config(small_data.config(tmp_path / "my run 50%j # 1"), tmp_path / "config.yaml")
+    code, script, _ = fields([str(tmp_path / "config.yaml"), "--time", "1-12:00:00", "--partition", "gpu,long_2"])
+    assert code == 0 and f'#SBATCH --output="{tmp_path}/my run 50%%j # 1/slurm-%j.log"' in script
+    assert '#SBATCH --job-name="my run 50%j # 1"' in script and "--time=1-12:00:00" in script and "--partition=gpu,long_2" in script
