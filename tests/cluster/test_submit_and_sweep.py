@@ -20,18 +20,18 @@ def megadsl(cluster, project: Path, *arguments: str) -> str:
 
 def test_a_sweep_of_three_learning_rates_gives_a_table(cluster, project):
     rates = ["1e-4", "3e-3", "1e-2"]
-    shown = megadsl(cluster, project, "submit", "tiny.yaml", "training.run_dir=sweep", "--sweep", f"optimizer.lr={','.join(rates)}",
+    shown = megadsl(cluster, project, "submit", "tiny.yaml", "training.run_dir=my sweep 100%j", "--sweep", f"optimizer.lr={','.join(rates)}",
                     "--time", "10")
     assert "#SBATCH --array=1-3" in shown and "#SBATCH --time=10" in shown
     job = re.search(r"submitted job (\d+)", shown)[1]
     for number in (1, 2, 3):
-        ended = cluster.wait(f"{job}_{number}", project, log=f"sweep/slurm-{job}_{number}.log")
+        ended = cluster.wait(f"{job}_{number}", project, log=f"my sweep 100%j/slurm-{job}_{number}.log")
         assert ended.state == "COMPLETED", ended.log
-    header, *rows = megadsl(cluster, project, "collect", "sweep").splitlines()
+    header, *rows = megadsl(cluster, project, "collect", "my sweep 100%j").splitlines()
     assert header.split()[:3] == ["run", "optimizer.lr", "iteration"] and len(rows) == 3
     assert {row.split()[0]: float(row.split()[1]) for row in rows} == {f"run-{i}": float(rate) for i, rate in enumerate(rates, 1)}
     assert all(row.split()[2] == str(ITERATIONS) for row in rows)
-    final = {number: sum(list(losses(project / f"sweep/run-{number}").values())[-10:]) / 10 for number in (1, 2, 3)}
+    final = {number: sum(list(losses(project / f"my sweep 100%j/run-{number}").values())[-10:]) / 10 for number in (1, 2, 3)}
     best = min(final, key=final.get)
     assert rows[0].split()[0] == f"run-{best}" and f"{final[best]:.4f}" in rows[0] and rows[-1].split()[0] == "run-1"
 
