@@ -73,9 +73,9 @@ demo-speech: install
 	$(BIN)/megadsl train configs/speech-24.yaml data.datasets=$(SPEECH)/data tokenizer.model=$(SPEECH)/data/tokenizer.model
 	$(BIN)/megadsl evaluate runs/speech-24 --hypotheses runs/speech-24/test.jsonl --output runs/speech-24/evaluation.json
 
-# Tests of one process run side by side; those that start processes of their own, or watch a clock, have the machine to themselves.
+# Tests of one process run side by side, the longest files first; those that start processes of their own, or watch a clock, have the machine to themselves.
 test: install
-	$(BIN)/python -m pytest tests/unit tests/repo tests/signal --numprocesses $$(nproc) --dist loadfile
+	$(BIN)/python -m pytest tests/signal tests/unit tests/repo --numprocesses $$(nproc) --dist loadfile
 	$(BIN)/python -m pytest tests/dist tests/cluster tests/browser
 
 install: $(VENV)/.installed
