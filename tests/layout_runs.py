@@ -86,3 +86,21 @@ def require_same_on_two_processes(server: ForkServer, run_dir: str, request: dic
     for world, tensor in ((2, 1), (2, 2)):
         for results in server.run(world, evaluated, run_dir, tensor, request):
             assert results == pytest.approx(one, rel=1e-6)
+
+
+def require_same_hypotheses(server: ForkServer, run_dir: str, request: dict, folder: Path) -> tuple[dict, list[dict]]:
+    """Numbers and hypotheses of one process are those of two data-parallel ones and of two that share the model: (results, what was
+    written of every sample)."""
+    def at(world: int, tensor: int) -> tuple[list[dict], list[dict]]:
+        file = folder / f"{world}-{tensor}.jsonl"
+        results = server.run(world, evaluated, run_dir, tensor, {**request, "hypotheses": file})
+        return results, [json.loads(line) for line in file.read_text().splitlines()]
+
+    [one], written = at(1, 1)
+    numbers = {name: value for name, value in one.items() if not isinstance(value, str)}
+    for world, tensor in ((2, 1), (2, 2)):
+        others, again = at(world, tensor)
+        for results in others:
+            assert {name: results[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+        assert [row["hypothesis"] for row in again] == [row["hypothesis"] for row in written]
+    return one, written

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megadsl.checkpoint.fold import fold, folding, unfold
 from megadsl.checkpoint.huggingface.export import staged_folder
 from megadsl.checkpoint.huggingface.importing import require_open_gates, write_initial
-from megadsl.checkpoint.huggingface.verify import TOLERANCE, relative_error
+from megadsl.checkpoint.huggingface.verify import relative_error, require_close
 from megadsl.checkpoint.export_source import ExportSource
 from megadsl.config import Config
 from megadsl.config.model import ModelConfig
@@ -64,8 +64,7 @@ def export_megatron(source: ExportSource, folder: Path) -> float:
         tokens = source.sample["tokens"]
         theirs, expected = stock_logits(loaded, tokens)[..., :source.tokenizer.vocab_size], source.logits({"tokens": tokens})
         error = relative_error(theirs, expected)
-        if not error <= TOLERANCE:
-            raise UserError(f"The exported GPTModel gives other logits than our model (relative error {error:.1e}); nothing was written.")
+        require_close("GPTModel", error)
     return error
 
 

@@ -25,8 +25,7 @@ NOT_ASKED = {"corruptions": False, **dict.fromkeys(
 
 
 def _pictures(folder: Path) -> list[str]:
-    images = prepared(folder, size=28)
-    return [f"data.datasets=[{images}]", "tokenizer.model=none", "model.seq_length=17", "task.label_smoothing=0.0"]
+    return [f"data.datasets=[{prepared(folder / 'pictures', size=28)}]", "tokenizer.model=none", "model.seq_length=17", "task.label_smoothing=0.0"]
 
 
 def _pairs(folder: Path) -> list[str]:
@@ -45,8 +44,6 @@ def _speech(folder: Path) -> list[str]:
 
 # Tasks whose data are neither the small dataset's nor short texts.
 OTHER_DATA = {"image_classification": _pictures, "translation": _parallel, "speech_translation": _speech}
-
-
 ONE_BY_ONE = (*KINDS, *OTHER_DATA)  # samples are what is evaluated, not a stream of tokens
 
 
@@ -70,7 +67,7 @@ def test_config_trains(file, small_data, tmp_path, server):
                       *(["task.doc_stride=12", "task.max_query_length=8"] if task == "question_answering" else [])]
     elif task in OTHER_DATA:
         (tmp_path / "source").mkdir()
-        overrides += OTHER_DATA[task](tmp_path / "source" / "data" if task == "image_classification" else tmp_path / "source")
+        overrides += OTHER_DATA[task](tmp_path / "source")
     overrides.append(f"model.num_layers={max(4, full.model.num_layers // 16)}")
     if full.model.family == "encoder_decoder" and task not in OTHER_DATA:
         targets = 32 if task_of(full).options.corruption == "infilling" else 9

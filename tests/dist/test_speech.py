@@ -1,15 +1,15 @@
 """Speech translation is planned, trained, resumed and evaluated the same in every layout."""
 
-import json
 from pathlib import Path
 
 import pytest
-from layout_runs import LAYOUTS, REFERENCE, curve, evaluated, parallel_section, require_same_curve_and_exact_resumption, train
+from layout_runs import (
+    LAYOUTS, REFERENCE, curve, parallel_section, require_same_curve_and_exact_resumption, require_same_hypotheses, train,
+)
 from ranks import ForkServer
 from speech_data import write_speech
 
 from megadsl.config import Config
-
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,7 @@ def test_trains_the_same_and_resumes_exactly_in_every_layout(server, small_data,
 
 
 def test_evaluates_the_same_on_any_number_of_processes(server, reference, tmp_path):
-    run_dir = reference.training.run_dir
     request = {"batch_tokens": 200, "num_beams": 3}
-    one = server.run(1, evaluated, run_dir, 1, {**request, "hypotheses": tmp_path / "one.jsonl"})[0]
-    written = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    one, written = require_same_hypotheses(server, reference.training.run_dir, request, tmp_path)
     assert one["samples"] == len(written) == 12 and one["num_beams"] == 3 and "version:" in one["bleu_signature"]
     assert written[0]["id"] == "test-0" and set(written[0]) == {"id", "reference", "hypothesis", "score"}
-    for world, tensor in ((2, 1), (2, 2)):
-        for results in server.run(world, evaluated, run_dir, tensor, {**request, "hypotheses": tmp_path / "two.jsonl"}):
-            numbers = {name: value for name, value in one.items() if not isinstance(value, str)}
-            assert {name: results[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
-        again = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
-        assert [row["hypothesis"] for row in again] == [row["hypothesis"] for row in written]

@@ -88,7 +88,7 @@ def choose_architecture(model: ModelConfig, name: str = "auto") -> Architecture:
 def their_model(source: ExportSource, architecture: Architecture, folded: Folding) -> tuple[Iterable, dict, list[str]]:
     """(their tensors by name, one after the other; keys of config.json; what a reader should know)."""
     model = source.config.model
-    weights = dict(fold(with_positions(source.weights, model, source.plan), folded))
+    weights = dict(fold(_with_positions(source.weights, model, source.plan), folded))
     vocab_size = source.tokenizer.vocab_size
     epsilon = architecture.fixed_epsilon or model.layernorm_epsilon * folded.epsilon_factor
     settings = architecture.settings(model.model_copy(update={"layernorm_epsilon": epsilon}))
@@ -104,7 +104,7 @@ def their_model(source: ExportSource, architecture: Architecture, folded: Foldin
     return mapping.export(weights), settings, notes
 
 
-def with_positions(weights: dict, model: ModelConfig, plan: SignalPlan) -> dict:
+def _with_positions(weights: dict, model: ModelConfig, plan: SignalPlan) -> dict:
     """With a table for positions that need none here (sinusoidal: computed, none: zeros) and are looked up over there."""
     if model.position_embedding_type not in ("sinusoidal", "none"):
         return weights

@@ -11,6 +11,8 @@ from megadsl.checkpoint.export_source import ExportSource
 from megadsl.errors import UserError
 
 TOLERANCE = 1e-4
+# What loading a model of a single head must not report.
+ANY_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 # With weights rounded to bf16 the logits differ by what the rounding of all layers adds up to; more than this is a mistake.
 ROUNDED_TOLERANCE = 0.5
 _AUTO = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
@@ -50,9 +52,9 @@ def compare_with_folder(source: ExportSource, architecture: str, folder: Path, e
         rounded = error
         _assign(model, exact())
         error = relative_error(their_logits(model, sample), ours)
-    if not error <= TOLERANCE or rounded is not None and not rounded <= ROUNDED_TOLERANCE:
-        worst = error if not error <= TOLERANCE else rounded
-        raise UserError(f"The exported {architecture} gives other logits than our model (relative error {worst:.1e}); nothing was written.")
+    require_close(architecture, error)
+    if rounded is not None:
+        require_close(architecture, rounded, ROUNDED_TOLERANCE)
     texts = _compare_ids(transformers, source, folder) if has_tokenizer else 0
     return Comparison(error, rounded, ours.shape[0] * ours.shape[1], texts)
 
@@ -69,15 +71,29 @@ def offline_transformers():
     return transformers
 
 
+def require_close(name: str, error: float, limit: float = TOLERANCE) -> None:
+    """UserError where an exported model's logits differ from ours by more than `limit`."""
+    if not error <= limit:
+        raise UserError(f"The exported {name} gives other logits than our model (relative error {error:.1e}); nothing was written.")
+
+
 def load_theirs(transformers, family: str, folder: Path) -> torch.nn.Module:
-    """The model in a folder in fp32, safetensors only and no code of its own; UserError where its tensors do not fit."""
-    auto = getattr(transformers, _AUTO[family])
+    """The language model of a family in a folder; see `load_class`."""
+    return load_class(getattr(transformers, _AUTO[family]), folder)
+
+
+def load_class(theirs: type, folder: Path, wrong: tuple[str, ...] = ("missing_keys", "mismatched_keys")) -> torch.nn.Module:
+    """The model in a folder in fp32, as a class (or Auto class) of transformers: safetensors only and no code of its own.
+
+    Raises:
+        UserError: it cannot be loaded, or its report of loading names tensors under one of the keys of `wrong`.
+    """
     try:
-        model, report = auto.from_pretrained(
+        model, report = theirs.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
-    for key in ("missing_keys", "mismatched_keys"):
+    for key in wrong:
         if report[key]:
             raise UserError(f"transformers loads {folder} with {key.replace('_', ' ')}, for example {sorted(map(str, report[key]))[0]}.")
     return model.eval()

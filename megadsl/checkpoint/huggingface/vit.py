@@ -15,9 +15,8 @@ from megadsl.checkpoint.fold import fold, folding
 from megadsl.checkpoint.huggingface.architecture import ACTIVATIONS, Architecture
 from megadsl.checkpoint.huggingface.export import staged_folder
 from megadsl.checkpoint.huggingface.mapping import Rule, TensorMap
-from megadsl.checkpoint.huggingface.verify import TOLERANCE, offline_transformers, relative_error
+from megadsl.checkpoint.huggingface.verify import ANY_KEYS, load_class, offline_transformers, relative_error, require_close
 from megadsl.config.model import ModelConfig
-from megadsl.errors import UserError
 from megadsl.schemes.plan import SignalPlan
 
 NAME = "ViTForImageClassification"
@@ -111,17 +110,11 @@ def export_vit(weights: dict[str, torch.Tensor], plan: SignalPlan, model: ModelC
         (staging / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
         (staging / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
         error = relative_error(_their_logits(staging, sample), logits)
-        if not error <= TOLERANCE:
-            raise UserError(f"The exported {NAME} gives other logits than our model (relative error {error:.1e}); nothing was written.")
+        require_close(NAME, error)
     return error
 
 
 @torch.inference_mode()
 def _their_logits(folder: Path, sample: torch.Tensor) -> torch.Tensor:
-    auto = offline_transformers().AutoModelForImageClassification
-    model, report = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                                         output_loading_info=True)
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[key]:
-            raise UserError(f"transformers loads {folder} with {key.replace('_', ' ')}, for example {sorted(map(str, report[key]))[0]}.")
-    return model.eval()(pixel_values=sample).logits
+    model = load_class(offline_transformers().AutoModelForImageClassification, folder, ANY_KEYS)
+    return model(pixel_values=sample).logits

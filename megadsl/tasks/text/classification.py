@@ -22,7 +22,6 @@ from megadsl.tasks.text.task import TextTask
 if TYPE_CHECKING:
     import torch
 
-    from megadsl.checkpoint.huggingface.bert_heads import Head
     from megadsl.inference.load import TrainedModel
     from megadsl.model.activations import Activations
     from megadsl.model.builder import ModelBuilder
@@ -59,6 +58,7 @@ class TextClassification(PooledTextTask):
 
     name = "text_classification"
     kind = "classification"
+    exported_as = "SequenceClassification"
     Options = ClassificationOptions
     options: ClassificationOptions
     targets = ("labels",)
@@ -110,12 +110,6 @@ class TextClassification(PooledTextTask):
 
     def describe_target(self, sample: Batch) -> str:
         return f" ({self.labels[int(sample['labels'])]})" if self.labels else ""
-
-    @property
-    def exported_head(self) -> "Head":
-        from megadsl.checkpoint.huggingface.bert_heads import Head
-
-        return Head("SequenceClassification", self.labels)
 
     def evaluate(self, model: "TrainedModel", request: EvaluationRequest) -> dict[str, float | int | None]:
         import torch

@@ -21,7 +21,6 @@ from megadsl.tasks.text.sequences import cut_first, sequence_of
 if TYPE_CHECKING:
     import torch
 
-    from megadsl.checkpoint.huggingface.bert_heads import Head
     from megadsl.inference.load import TrainedModel
     from megadsl.model.activations import Activations
 
@@ -33,6 +32,7 @@ class MultipleChoice(PooledTextTask):
 
     name = "multiple_choice"
     kind = "choices"
+    exported_as = "MultipleChoice"
     Options = ChoiceOptions
     options: ChoiceOptions
     outputs = 1
@@ -83,12 +83,6 @@ class MultipleChoice(PooledTextTask):
     def metrics(self, output: "Activations", targets: Batch) -> Sequence[Sum]:
         counted = targets["labels"] >= 0
         return (Sum((self._scores(output).argmax(dim=-1) == targets["labels"])[counted].sum(), counted.sum()),)
-
-    @property
-    def exported_head(self) -> "Head":
-        from megadsl.checkpoint.huggingface.bert_heads import Head
-
-        return Head("MultipleChoice")
 
     def evaluate(self, model: "TrainedModel", request: EvaluationRequest) -> dict[str, float | int | None]:
         import torch

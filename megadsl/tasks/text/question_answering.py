@@ -24,7 +24,6 @@ from megadsl.tasks.text.windows import Span, WindowIndex, best_spans
 if TYPE_CHECKING:
     import torch
 
-    from megadsl.checkpoint.huggingface.bert_heads import Head
     from megadsl.inference.load import TrainedModel
     from megadsl.model.activations import Activations
     from megadsl.model.builder import ModelBuilder
@@ -38,6 +37,7 @@ class QuestionAnswering(TextTask):
 
     name = "question_answering"
     kind = "questions"
+    exported_as = "QuestionAnswering"
     Options = QuestionOptions
     options: QuestionOptions
     targets = ("spans",)
@@ -113,12 +113,6 @@ class QuestionAnswering(TextTask):
         counted = spans[:, 0] >= 0
         right = (output["logits"].argmax(dim=1) == spans).all(dim=1)
         return (Sum(right[counted].sum(), counted.sum()),)
-
-    @property
-    def exported_head(self) -> "Head":
-        from megadsl.checkpoint.huggingface.bert_heads import Head
-
-        return Head("QuestionAnswering")
 
     def evaluate(self, model: "TrainedModel", request: EvaluationRequest) -> dict[str, float | int | None]:
         from megadsl.tasks.text.metrics import answer_metrics, torchmetrics

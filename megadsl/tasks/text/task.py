@@ -24,7 +24,6 @@ from megadsl.tasks.tokenized import TokenizedTask
 from megadsl.theory.inputs import TokenStatistics, zipf
 
 if TYPE_CHECKING:
-    from megadsl.checkpoint.huggingface.bert_heads import Head
     from megadsl.inference.load import TrainedModel
     from megadsl.model.builder import ModelBuilder, TaskLayers
     from megadsl.model.stack import LayerEntry
@@ -45,12 +44,16 @@ class TextTask(TokenizedTask):
 
     Attributes:
         kind: the command that prepares its folder.
+        exported_as: the head's name in transformers' classes (bert_heads.HeadKind).
+        labels: names of the classes, where it has any.
         pooled: the head reads the first token, the last one, the mean of all, or ("all") every token by itself.
     """
 
     families = ("encoder", "decoder")
     exports_itself = True
     kind: ClassVar[str]
+    exported_as: ClassVar[str]
+    labels: tuple[str, ...] = ()
 
     # What they differ in.
 
@@ -216,31 +219,28 @@ class TextTask(TokenizedTask):
         arrays = prepared.split(split)
         return TextSamples(self.count_samples(arrays), lambda row: self.sequences(arrays, row), self.unlabelled, seed)
 
-    @property
-    @abstractmethod
-    def exported_head(self) -> "Head":
-        """What stands behind the trunk in transformers."""
+    def export_sample(self) -> Batch:
+        batch = self.collate(self.evaluation_samples(EvaluationRequest(None, "validation"), EXPORT_SAMPLES))
+        return {name: batch[name] for name in self.inputs}
 
     def export_huggingface(self, model: "TrainedModel", plan: "SignalPlan", folder: Path) -> tuple[str, float]:
         import torch
 
-        from megadsl.checkpoint.huggingface.bert_heads import Vocabulary, export_finetuned
+        from megadsl.checkpoint.export_source import ExportSource
+        from megadsl.checkpoint.huggingface.bert_heads import Head, export_finetuned
 
         if self.model.family != "encoder" or self.pooled not in ("first", "all"):
             raise UserError(f"A {self.model.family} whose head reads the {self.pooled} token has no place in BERT's classes, which the finetuned "
                             "tasks are exported to: they are encoders that read the first token (task.pooling=first).")
-        split = self.prepared.split("validation")
-        samples = self.samples_of(self.prepared, "validation")
-        batch = self.collate([samples[index] for index in range(min(EXPORT_SAMPLES, self.count_samples(split)))])
-        weights = {name: parameter.detach() for name, parameter in model.network.canonical_parameters()}
+        sample = self.export_sample()
         with torch.inference_mode():
-            logits = model(batch)["logits"]
-        vocabulary = Vocabulary(self.tokenizer, Path(self.config.tokenizer.model), self.padded_output_size)
-        inputs = {name: batch[name] for name in self.inputs}
+            logits = model(sample)["logits"]
         if self.sequences_per_sample > 1:
             logits = logits.view(-1, self.sequences_per_sample)
-            inputs = {name: tensor.view(len(logits), self.sequences_per_sample, -1) for name, tensor in inputs.items()}
-        return export_finetuned(weights, plan, self.model, self.exported_head, vocabulary, inputs, logits, folder)
+            sample = {name: tensor.view(len(logits), self.sequences_per_sample, -1) for name, tensor in sample.items()}
+        source = ExportSource(self.config.model_copy(update={"model": self.model}), plan, model.network, model.definition, sample,
+                              self.tokenizer, Path(self.config.tokenizer.model), self.padded_output_size)
+        return export_finetuned(source, Head(self.exported_as, self.labels), logits, folder)
 
     def describe_samples(self, split: str, count: int) -> Iterator[str]:
         dataset = getattr(self.splits(count), split)
