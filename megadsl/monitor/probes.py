@@ -55,6 +55,7 @@ class SignalProbes:
         self._layer_ends = self._ends()
         self._carry = {stack: max(count for index, count in self._layer_ends.items() if self._points[index].stack == stack)
                        for stack in self._stacks}  # rows that an angle looks back
+        self._rows: dict[tuple, Rows] = {}
         self._hooks: list[tuple[Callable, Callable, dict]] | None = None
         self._handles: list = []
         self.recording = True  # False: hooks stay, and look away (micro-batches that are not measured)
@@ -84,7 +85,6 @@ class SignalProbes:
         return self
 
     def __enter__(self) -> "SignalProbes":
-        self._rows: dict[tuple, Rows] = {}
         self._visible: dict[tuple[str, str], tuple] = {}  # by stack and kind: the same for all its layers
         self._scale: dict[tuple[str, str], float] = {}
         self._run_again: set[int] = set()
@@ -119,7 +119,6 @@ class SignalProbes:
         self._handles.clear()
         for rows in self._rows.values():
             rows.flush()
-        self._rows.clear()
 
     def _watch_layer(self, layer: Layer, stack: str, number: int) -> None:
         inner = layer.layer
@@ -147,57 +146,77 @@ class SignalProbes:
         """The stage before measures what flows in; here the angle of the first layer needs it once more."""
         place = self._borrowed = min(self._place[key] for key in self._place if key[:2] == (stack, number)) - 1
 
+        rows = self._rows_of("forward", stack, self._measure_stream, self._carry[stack])
+
         def hook(module, arguments) -> None:
             if self.recording:
-                hidden = arguments[0].hidden.detach()[:, :self._sequences]
-                self._collect(("forward", stack), self._measure_stream, place, hidden, carry=self._carry[stack])
+                rows.add(place, arguments[0].hidden.detach()[:, :self._sequences])
 
         self._hook(layer.register_forward_pre_hook, hook)
 
     def _around_addition(self, stack: str, place: int, layer: Layer) -> Callable:
+        observe = self._observer(stack, place)
+
         def wrap(module, arguments, add):
             def measured(branch_with_bias, residual, dropout):
                 added = add(branch_with_bias, residual, dropout)
-                return self._observe(stack, place, added, self._is_forward(layer), layer.recompute and layer.training)
+                observe(added, self._is_forward(layer), layer.recompute and layer.training)
+                return added
 
             return measured
 
         return wrap
 
     def _on_output(self, stack: str, place: int) -> Callable:
+        observe = self._observer(stack, place)
+
         def hook(module, arguments, output: Activations) -> None:
-            self._observe(stack, place, output.hidden, True)
+            observe(output.hidden, True, False)
 
         return hook
 
-    def _observe(self, stack: str, place: int, hidden: torch.Tensor, forward: bool, recomputed: bool = False) -> torch.Tensor:
-        if forward and self.recording:
-            self._collect(("forward", stack), self._measure_stream, place, hidden.detach()[:, :self._sequences], carry=self._carry[stack])
-        # A layer that is recomputed runs again in the backward pass, when other micro-batches may have been forward in between; they
-        # run again in the order in which they ran, so the first one is the measured one.
-        again = not forward and place not in self._run_again
-        if again:
-            self._run_again.add(place)
-        if hidden.requires_grad and (again or forward and self.recording and not recomputed):
-            hidden.register_hook(lambda gradient: self._collect(
-                ("gradient", stack), self._measure_gradient, place, gradient.detach()[:, :self._sequences]))
-        return hidden
+    def _observer(self, stack: str, place: int) -> Callable[[torch.Tensor, bool, bool], None]:
+        """What looks at the stream [s, b, h] of one point: (hidden, whether this is the forward pass, whether it will be recomputed)."""
+        forward_rows = self._rows_of("forward", stack, self._measure_stream, self._carry[stack])
+        gradient_rows = self._rows_of("gradient", stack, self._measure_gradient)
+        sequences = self._sequences
 
-    def _collect(self, key: tuple, measure: Callable, place: int, *tensors: torch.Tensor, carry: int = 0) -> None:
-        # Returns None: a tensor hook that returns a tensor would replace the gradient.
-        if key not in self._rows:
-            self._rows[key] = Rows(lambda places, rows, carried: measure(key[1], places, rows, carried), carry)
-        self._rows[key].add(place, *tensors)
+        def gradient_hook(gradient: torch.Tensor) -> None:  # None: what a tensor hook returns would replace the gradient
+            gradient_rows.add(place, gradient.detach()[:, :sequences])
+
+        def observe(hidden: torch.Tensor, forward: bool, recomputed: bool) -> None:
+            looks = forward and self.recording
+            if looks:
+                forward_rows.add(place, hidden.detach()[:, :sequences])
+            # A layer that is recomputed runs again in the backward pass, when other micro-batches may have been forward in between; they
+            # run again in the order in which they ran, so the first one is the measured one.
+            again = not forward and place not in self._run_again
+            if again:
+                self._run_again.add(place)
+            if (again or looks and not recomputed) and hidden.requires_grad:
+                hidden.register_hook(gradient_hook)
+
+        return observe
+
+    def _rows_of(self, what: str, part: str | tuple[str, str], measure: Callable, carry: int = 0) -> Rows:
+        """Where the samples of one part of the model are collected: rows of one shape, measured by measure(part, ...)."""
+        if (what, part) not in self._rows:
+            self._rows[what, part] = Rows(lambda places, rows, carried: measure(part, places, rows, carried), carry)
+        return self._rows[what, part]
 
     def _on_units(self, stack: str, place: int, layer: Layer) -> Callable:
+        rows = self._rows_of("units", stack, self._measure_units)
+
         def hook(module, arguments) -> None:
             if self.recording and self._is_forward(layer):
                 units = arguments[0].detach()  # [s, b, f]
-                self._collect(("units", stack), self._measure_units, place, units[::max(1, units.size(0) // TOKENS), 0])
+                rows.add(place, units[::max(1, units.size(0) // TOKENS), 0])
 
         return hook
 
     def _on_attention(self, kind: tuple[str, str], place: int, layer: Layer) -> Callable:
+        rows = self._rows_of("attention", kind, self._measure_attention)
+
         def hook(module, arguments, named) -> None:
             if not (self.recording and self._is_forward(layer)):
                 return
@@ -209,7 +228,7 @@ class SignalProbes:
                 self._visible[kind] = _visible(mask, range(query.size(0))[chosen], key.size(0), "causal" in str(named.get("attn_mask_type")),
                                                query.device)
                 self._scale[kind] = module.softmax_scale or query.size(-1) ** -0.5
-            self._collect(("attention", kind), self._measure_attention, place, query.detach()[chosen, 0], key.detach()[:, 0])
+            rows.add(place, query.detach()[chosen, 0], key.detach()[:, 0])
 
         return hook
 

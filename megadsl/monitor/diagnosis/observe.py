@@ -220,7 +220,7 @@ def _attention_sums(scores: torch.Tensor, real: torch.Tensor | None) -> torch.Te
     """[b, n, s, t] -> [n, 4]: sums over queries of the variance over the keys seen and of entropy / log(keys seen), how many queries
     that see two keys or more there were, and the largest logit. `real` [b, 1, s]: queries that are no padding; None: all."""
     seen = scores > -torch.inf
-    variance, entropy, counted = logit_moments(scores, seen)
+    variance, entropy, _, counted = logit_moments(scores.masked_fill(~seen, 0.0), seen)
     counted = (counted if real is None else counted * real).expand_as(variance)
     largest = (scores if real is None else scores.masked_fill(~real[..., None], -torch.inf)).amax(dim=(0, 2, 3))
     return torch.stack([(variance * counted).sum(dim=(0, 2)), (entropy * counted).sum(dim=(0, 2)), counted.sum(dim=(0, 2)), largest], dim=1)
