@@ -127,10 +127,9 @@ class ForkServer:
 
 def _serve(pipe) -> None:
     import megadsl.training.loop  # noqa: F401
-    from megadsl.parallel.device import prepare_device
+    from megadsl.parallel.device import prepare_deepspeed, prepare_device
 
-    prepare_device("cpu")
-    import deepspeed  # noqa: F401
+    prepare_deepspeed(prepare_device("cpu"))
 
     while (job := pipe.recv()) is not None:
         world_size, function, arguments = job

@@ -163,6 +163,9 @@ def prepare_deepspeed(device: torch.device) -> None:
     import deepspeed.utils  # sets the level of its logger at import, so change it afterwards
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Reason: to see whether an optimizer is its Muon, DeepSpeed imports that, and the same happens: 1.6 s of every start.
+    with _compilation_deferred():
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     if device.type == "cpu":
         # Reason: the first init_distributed on CPU compiles the shared-memory op for 25 s (it serves inference_all_reduce
         # only), and finding out which ops could be compiled runs a compiler too. No op of DeepSpeed is used on CPU.
@@ -173,6 +176,8 @@ def _patch_megatron_for_cpu() -> None:
     """Megatron-core writes device=torch.cuda.current_device() in its layers and mappings, and keeps its RNG on the GPU."""
     # Reason: every `device=torch.cuda.current_device()` in mappings, layers, rotary embedding then allocates on the CPU.
     torch.cuda.current_device = lambda: torch.device("cpu")
+    # Reason: without a GPU it notes the seed for later, with the caller's stack in words: 1 ms a micro-batch.
+    torch.cuda.manual_seed = lambda seed: None
     # Reason: dist_checkpointing synchronises before it writes.
     torch.cuda.synchronize = lambda *args, **kwargs: None
 
@@ -192,11 +197,8 @@ def _cpu_rng_tracker(base: type):
         def add(self, name, seed):
             if name in self.states_:
                 raise ValueError(f"the random state {name} is already tracked")
-            outer = torch.get_rng_state()
-            torch.manual_seed(seed)
-            self.states_[name] = torch.get_rng_state()
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
             self._is_initialized = True
-            torch.set_rng_state(outer)
 
         @contextlib.contextmanager
         def fork(self, name="model-parallel-rng"):

@@ -32,6 +32,6 @@ def seed_micro_batch(seed: int, micro_batch: int, stage: int) -> None:
         stage: pipeline stage.
     """
     value = seed_from(seed, "dropout", micro_batch, stage)
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)  # torch.manual_seed takes 1 ms where there is no GPU to seed
     # Adds the tensor-parallel rank to the tracker's seed, and seeds the GPU's default generator.
     model_parallel_cuda_manual_seed(value)
